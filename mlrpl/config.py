@@ -1,0 +1,240 @@
+"""Studies and runs: validated settings, read from YAML.
+
+A study names a dataset, the settings that its runs share and a list of runs; `Study.runs()` expands it into `Run`s, one
+training each. A run's key is a hash of all that its result depends on: two runs with one key are one run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mlrpl.errors import StudyError
+from mlrpl.networks import STRIDE
+
+Side = Annotated[int, Field(gt=0)]
+Sides = tuple[Side, Side, Side]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Model(BaseModel):
+    """Unknown settings are errors: a misspelt one must not silently keep its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+M = TypeVar("M", bound=Model)
+
+
+class Dataset(Model):
+    """Which volumes, and how they are prepared.
+
+    Attributes:
+        name: name of the case store.
+        source: a key of `mlrpl.data.SOURCES`.
+        options: the source's own options.
+        step: keep every `step`-th voxel (la-half: 2).
+    """
+
+    name: Slug
+    source: str
+    options: dict[str, Any] = {}
+    step: Annotated[int, Field(ge=1)] = 1
+
+
+class Settings(Model):
+    """All that training depends on besides method, data, number of labelled cases and seed. Defaults: the paper's on LA."""
+
+    patch: Sides = (112, 112, 80)
+    stride: Sides = (18, 18, 4)
+    augmentation: tuple[Literal["rot90", "flip"], ...] = ("rot90", "flip")
+    filters: Annotated[int, Field(gt=0)] = 16
+    iterations: Annotated[int, Field(gt=0)] = 15_000
+    batch: tuple[Side, Side] = (2, 2)
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    lr_schedule: Literal["constant", "poly", "step"] = "constant"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    beta_max: Annotated[float, Field(ge=0)] = 1.0
+    ramp_iterations: Annotated[int, Field(gt=0)] = 6_000
+    check_from: Annotated[int, Field(gt=0)] = 800
+    check_every: Annotated[int, Field(gt=0)] = 200
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: Annotated[int, Field(gt=0)] = 1
+
+    @field_validator("patch")
+    @classmethod
+    def divisible(cls, patch: Sides) -> Sides:
+        """The encoder halves each side four times."""
+        if any(side % STRIDE for side in patch):
+            raise ValueError(f"every side of the patch must be divisible by {STRIDE}, not {patch}")
+        return patch
+
+    def is_check(self, iteration: int) -> bool:
+        """Whether the published protocol measures Dice after this iteration."""
+        return iteration >= self.check_from and iteration % self.check_every == 0
+
+
+class Entry(Model):
+    """A line of a study's `runs`: a method with settings of its own, at one or more numbers of labelled cases.
+
+    Attributes:
+        variant: what tells this line from others of the same method ("mlrpl", "control", …).
+        method: a key of `mlrpl.methods.METHODS`, or "module:Class" for one's own.
+        title: as tables and legends print it.
+        labelled: numbers of labelled cases.
+        seeds: instead of the study's.
+        settings: instead of the study's, any of `Settings`.
+        options: the method's own (the keyword arguments of its class).
+    """
+
+    variant: Slug
+    method: str
+    title: str
+    labelled: tuple[Side, ...]
+    seeds: tuple[int, ...] | None = None
+    settings: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+
+    @field_validator("labelled", "seeds", mode="before")
+    @classmethod
+    def listed(cls, value: Any) -> Any:
+        """One number stands for a list of one."""
+        return [value] if isinstance(value, int) else value
+
+
+class PaperFigure(Model):
+    """A published figure to print beside ours: Dice in percent, 95HD in voxels."""
+
+    title: str
+    labelled: int
+    dice: float
+    hd95: float | None = None
+
+
+class Run(Model):
+    """One training: everything resolved."""
+
+    study: str
+    variant: str
+    method: str
+    title: str
+    labelled: int
+    seed: int
+    settings: Settings
+    options: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """For people: variant, number of labelled cases, seed."""
+        return f"{self.variant}-{self.labelled}-s{self.seed}"
+
+    def key(self, fingerprint: str, result_version: int, defaults: dict[str, Any]) -> str:
+        """16 hexadecimal digits that change when, and only when, the result may.
+
+        Args:
+            fingerprint: of the data (`Store.fingerprint`).
+            result_version: of the method's code.
+            defaults: the method's option defaults, so that spelling a default out is no change.
+        """
+        content = {
+            "method": self.method,
+            "labelled": self.labelled,
+            "seed": self.seed,
+            "settings": self.settings.model_dump(mode="json"),
+            "options": {**defaults, **self.options},
+            "data": fingerprint,
+            "result_version": result_version,
+        }
+        text = json.dumps(content, sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Study(Model):
+    """A study file. See `mlrpl/studies/*.yaml` for examples.
+
+    Attributes:
+        name: also the name of its folder under `runs/` and `results/`.
+        title: headline of its report.
+        about: Markdown, what the reader of the report must know.
+        dataset: the volumes.
+        distances: "mm" where spacing is real, "voxels" as published.
+        settings: what all runs share.
+        seeds: of the runs that do not name their own.
+        runs: in order of importance: the first seed of all lines runs before the second of any.
+        paper: published figures.
+    """
+
+    name: Slug
+    title: str
+    about: str = ""
+    dataset: Dataset
+    distances: Literal["voxels", "mm"] = "voxels"
+    settings: Settings = Settings()
+    seeds: tuple[int, ...] = (0,)
+    entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
+    paper: tuple[PaperFigure, ...] = ()
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, seed by seed.
+
+        Raises:
+            StudyError: where a line's own settings are wrong.
+        """
+        seeds = sorted({seed for entry in self.entries for seed in entry.seeds or self.seeds})
+        for seed in seeds:
+            for entry in self.entries:
+                if seed not in (entry.seeds or self.seeds):
+                    continue
+                settings = _validated(
+                    Settings, {**self.settings.model_dump(), **entry.settings}, f"study {self.name}, {entry.variant}"
+                )
+                for labelled in entry.labelled:
+                    yield Run(
+                        study=self.name, variant=entry.variant, method=entry.method, title=entry.title,
+                        labelled=labelled, seed=seed, settings=settings, options=entry.options,
+                    )  # fmt: skip
+
+
+def _validated(model: type[M], content: Any, where: str) -> M:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first, *others = error.errors()
+        place = ".".join(str(part) for part in first["loc"]) or "settings"
+        more = f" (and {len(others)} more)" if others else ""
+        raise StudyError(f"{where}: {place}: {first['msg']}{more}") from None
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _packaged().iterdir() if f.name.endswith(".yaml"))
+
+
+def _packaged() -> Any:
+    return resources.files("mlrpl") / "studies"
+
+
+def load_study(name: str) -> Study:
+    """Read a study by name, or from a path that ends in .yaml.
+
+    Raises:
+        StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else _packaged() / f"{name}.yaml"
+    if not file.is_file():
+        raise StudyError(f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"study file {file.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    study = _validated(Study, content, f"study file {file.name}")
+    names = [run.name for run in study.runs()]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise StudyError(f"study {study.name}: two runs are named {sorted(twice)[0]}: give them different variants")
+    return study

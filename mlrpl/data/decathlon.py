@@ -1,0 +1,160 @@
+"""Own data and the Medical Segmentation Decathlon: the folder that nnU-Net reads too.
+
+    dataset.json                    classes and channels, as the Decathlon or nnU-Net write them
+    imagesTr/<case>.nii.gz          one file a case (channels in the fourth axis), or
+    imagesTr/<case>_0000.nii.gz     one file a channel: _0000, _0001, …
+    labelsTr/<case>.nii.gz          whole numbers 0 … classes - 1; an image without a label is an unlabelled case
+    imagesTs/, labelsTs/            with labels: the test cases; images without labels: unlabelled cases
+
+Without labelled imagesTs, `test` labelled cases are kept for testing, drawn by seed. Training cases come in a
+seeded order, the unlabelled ones last. Channels are z-scored per volume; arrays are (x, y, z) as in the file, and
+spacing, origin and direction are kept.
+"""
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from mlrpl.data.nifti import check_same_grid, ending, nifti_files, read_nifti
+from mlrpl.data.source import Entry, Options, Raw, z_score
+from mlrpl.errors import StudyError
+
+
+class DecathlonOptions(Options):
+    """`test`: labelled cases kept for testing where imagesTs has no labels; `seed` draws them and the order."""
+
+    test: int = Field(60, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Decathlon:
+    """Source `decathlon`: any number of classes and channels."""
+
+    Options: ClassVar = DecathlonOptions
+    needs_folder: ClassVar = True
+    real_spacing = True
+
+    def __init__(self, options: DecathlonOptions, root: Path) -> None:
+        self.root = root
+        description = _description(root)
+        self.classes = _classes(description)
+        self.channels = len(_mapping(description, "channel_names", "modality"))
+        self.licence = str(description.get("licence") or description.get("license") or "not stated in dataset.json")
+        self.citation = str(description.get("reference") or description.get("name") or "not stated in dataset.json")
+        _check_list(root, description)
+        training, testing = (_cases(root, part, self.channels) for part in ("Tr", "Ts"))
+        if not training:
+            raise StudyError(f"{root}: no NIfTI image in imagesTr; give the folder that holds dataset.json, imagesTr")
+        for case in sorted(training.keys() & testing.keys()):
+            raise StudyError(f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
+        cases = training | testing
+        self._labelled = {case for case, (_, label) in cases.items() if label}
+
+        labelled = sorted(training.keys() & self._labelled)
+        train = [str(case) for case in np.random.default_rng(options.seed).permutation(labelled)]
+        test = sorted(testing.keys() & self._labelled)
+        self.split = "published" if test else "seeded"
+        if not test:
+            if len(train) <= options.test:
+                raise StudyError(f"{root}: {len(train)} labelled cases, of which option 'test' keeps {options.test} "
+                                 "for testing, leave none to train on; lower 'test' or add labels")
+            train, test = train[:-options.test], train[-options.test:]
+        train += sorted(cases.keys() - self._labelled)
+        self.entries = [Entry(case, split, (*cases[case][0], *cases[case][1]))
+                        for split, ids in (("train", train), ("test", test)) for case in ids]
+
+    def read(self, entry: Entry) -> Raw:
+        """Read one case; StudyError names the file that is cut short or on another grid than the case's first."""
+        labelled = entry.id in self._labelled
+        names = entry.files[:-1] if labelled else entry.files
+        volumes = [read_nifti(self.root, name) for name in names]
+        first, geometry = volumes[0]
+        for name, (array, other) in zip(names[1:], volumes[1:], strict=True):
+            if array.shape != first.shape:
+                raise StudyError(f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
+                                 f"{first.shape[1:]}; export all channels on the same grid")
+            check_same_grid(name, other, names[0], geometry)
+        image = z_score(np.concatenate([array for array, _ in volumes]), names[0])
+        label = self._label(entry.files[-1], names[0], image, geometry) if labelled else None
+        place = {key: geometry[key] for key in ("origin", "direction")}
+        return Raw(image, label, tuple(geometry["spacing"]), place)
+
+    def _label(self, name: str, image_name: str, image: np.ndarray, geometry: Mapping[str, list[float]]) -> np.ndarray:
+        label, other = read_nifti(self.root, name)
+        if label.shape[0] != 1:
+            raise StudyError(f"{name}: the label has {label.shape[0]} channels; it must have one")
+        if label.shape[1:] == image.shape[1:]:  # another shape is named by the check that all sources share
+            check_same_grid(name, other, image_name, geometry)
+        return label[0]
+
+
+def _description(root: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{root}: no dataset.json here; give the folder that holds dataset.json, imagesTr") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"dataset.json: not readable as JSON ({error}); correct it") from None
+    if not isinstance(description, dict):
+        raise StudyError("dataset.json: must be an object with 'labels' and 'modality' or 'channel_names'; correct it")
+    return description
+
+
+def _mapping(description: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    for key in keys:
+        value = description.get(key)
+        if isinstance(value, dict) and value:
+            return value
+    raise StudyError(f"dataset.json: no {' or '.join(keys)} with at least one entry; add it as nnU-Net describes")
+
+
+def _classes(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names by value; the Decathlon writes {"0": "background"}, nnU-Net {"background": 0}."""
+    labels = _mapping(description, "labels")
+    decathlon = all(key.isdecimal() for key in labels)
+    pairs = [(key, name) if decathlon else (name, key) for key, name in labels.items()]
+    try:
+        names = {int(value): str(name) for value, name in pairs}
+    except (TypeError, ValueError):
+        raise StudyError("dataset.json: 'labels' must give one whole number a class (no regions); correct it") from None
+    if len(names) < len(pairs) or sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 256:
+        raise StudyError(f"dataset.json: the label values are {sorted(names)}; they must be 0 (background), 1, … "
+                         "without gaps, so renumber them")
+    return tuple(names[value] for value in range(len(names)))
+
+
+def _check_list(root: Path, description: Mapping[str, Any]) -> None:
+    """Every file that dataset.json lists has to be there; nnU-Net's newer form lists none."""
+    listed = description.get("training")
+    for case in listed if isinstance(listed, list) else ():
+        for name in case.values() if isinstance(case, dict) else ():
+            path = root / str(name)
+            # nnU-Net's older form lists <case>.nii.gz where the files have a channel number
+            numbered = path.with_name(f"{path.name.removesuffix(ending(path.name))}_0000{ending(path.name)}")
+            if not path.is_file() and not numbered.is_file():
+                raise StudyError(f"dataset.json lists {name}, which is not there; complete the dataset or the list")
+
+
+def _cases(root: Path, part: str, channels: int) -> dict[str, tuple[list[str], list[str]]]:
+    """Case id → (image files, its label file if there is one), names relative to the root; part: "Tr" or "Ts"."""
+    images, labels = nifti_files(root / f"images{part}"), nifti_files(root / f"labels{part}")
+    numbered = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
+    files: dict[str, list[str]] = {}
+    if all(match and int(match[2]) < channels for match in numbered.values()):
+        for name, match in numbered.items():
+            files.setdefault(match[1], []).append(f"images{part}/{images[name]}")
+        for case, names in files.items():
+            if len(names) != channels:
+                raise StudyError(f"images{part}: case '{case}' has {len(names)} of {channels} channel files; "
+                                 "add the others")
+    else:
+        files = {name: [f"images{part}/{file}"] for name, file in images.items()}
+    for case, file in labels.items():
+        if case not in files:
+            raise StudyError(f"labels{part}/{file}: a label without an image in images{part}; "
+                             "add the image or remove the label")
+    return {case: (names, [f"labels{part}/{labels[case]}"] if case in labels else []) for case, names in files.items()}

@@ -1,0 +1,93 @@
+"""What every method is: a network, a loss and a prediction. The training loop knows nothing else."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mlrpl.config import Settings
+from mlrpl.data import Batch
+from mlrpl.losses import consistency_weight
+from mlrpl.networks import VNet
+
+OUTPUTS = ("decoder1", "mean")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands: `iteration` counts from 1; `generator`'s state is a function of (seed, iteration)."""
+
+    iteration: int
+    iterations: int
+    generator: torch.Generator
+
+
+class Method(nn.Module):
+    """Base of all methods. A subclass sets `self.network` and writes `loss`; its keyword arguments are its options.
+
+    Class attributes:
+        result_version: raise it when a change of code changes results, and old runs are no longer taken as finished.
+        uses_unlabelled: False for a method whose batches are all labelled.
+        outputs: what `predict` offers, of `OUTPUTS`.
+
+    Args:
+        settings: what the study sets.
+        in_channels: image channels.
+        num_classes: classes, background included.
+    """
+
+    result_version: ClassVar[int] = 1
+    uses_unlabelled: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = OUTPUTS
+    network: VNet
+
+    def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The method's own options and their defaults."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+    def make_network(self, upsamplings: tuple[str, ...]) -> VNet:
+        """A V-Net of the study's width with one decoder for each up-sampling."""
+        return VNet(self.in_channels, self.num_classes, self.settings.filters, upsamplings)
+
+    def beta(self, step: Step) -> float:
+        """The unsupervised term's weight at this step."""
+        return consistency_weight(step.iteration, self.settings.ramp_iterations, self.settings.beta_max)
+
+    def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Named terms of the loss; "total" is minimised, the others are logged.
+
+        Terms that every method should log where it has them: "supervised", "mutual" (or its own consistency, by the same
+        name so that curves can be compared), "beta", "pseudo_foreground", "dice".
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: Step) -> None:
+        """Called after the optimiser's step: moving averages live here."""
+
+    def predict(self, image: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
+        """Class probabilities (N, C, x, y, z), one tensor a requested output, float32.
+
+        Args:
+            image: (N, channels, x, y, z).
+            outputs: of `self.outputs`. Decoders that no output needs are not run.
+        """
+        logits, _ = self.network(image, decoders=None if "mean" in outputs else 1)
+        probabilities = [z.float().softmax(1) for z in logits]
+        choices = {"decoder1": lambda: probabilities[0], "mean": lambda: torch.stack(probabilities).mean(0)}
+        return [choices[output]() for output in outputs]
+
+
+@torch.no_grad()
+def foreground_fraction(logits: Tensor) -> Tensor:
+    """Share of voxels whose arg-max is not background: where it falls to 0, the decoders agree on background."""
+    return (logits.argmax(1) > 0).float().mean()

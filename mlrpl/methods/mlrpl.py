@@ -1,0 +1,67 @@
+"""MLRPL (Su, Luo, Lian, Lin, Li: Mutual learning with reliable pseudo label for semi-supervised medical image
+segmentation, Medical Image Analysis 94, 2024, 103111).
+
+One encoder, two decoders that differ in how they up-sample. Total loss (paper, Section 3):
+
+    γ L_sup + β(t) L_mut
+
+L_sup: Dice loss of each decoder on the labelled half, summed. L_mut: `mlrpl.reliability.mutual_loss` on all volumes.
+"""
+
+from torch import Tensor
+
+from mlrpl.config import Settings
+from mlrpl.data import Batch
+from mlrpl.losses import batch_dice, dice_loss
+from mlrpl.methods.base import Method, Step, foreground_fraction
+from mlrpl.reliability import mutual_loss
+
+
+class MLRPL(Method):
+    """Mutual learning with reliable pseudo labels.
+
+    With the study setting `beta_max: 0` it is the control: the same network, batches and supervised loss without the
+    mutual loss. With `selection: all, weighting: none` it is cross pseudo supervision (Chen et al., CVPR 2021).
+
+    Args:
+        settings: what the study sets.
+        in_channels: image channels.
+        num_classes: classes, background included.
+        gamma: γ, the supervised loss's weight.
+        selection: which pseudo-labels count, see `mlrpl.reliability.select`.
+        weighting: how much, see `mlrpl.reliability.weigh`.
+        threshold: τ where selection is "threshold".
+        upsamplings: one decoder each.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        in_channels: int,
+        num_classes: int,
+        gamma: float = 0.5,
+        selection: str = "wr",
+        weighting: str = "mse",
+        threshold: float | None = None,
+        upsamplings: tuple[str, ...] = ("deconv", "nearest"),
+    ) -> None:
+        super().__init__(settings, in_channels, num_classes)
+        self.network = self.make_network(tuple(upsamplings))
+        self.gamma = gamma
+        self.reliability = {"selection": selection, "weighting": weighting, "threshold": threshold}
+
+    def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """γ L_sup + β L_mut. The mutual loss is measured in the control too, where β is 0."""
+        logits, features = self.network(batch.image)
+        labelled = len(batch.label)
+        supervised = sum(dice_loss(z[:labelled].softmax(1), batch.label) for z in logits)
+        mutual = mutual_loss(logits, features, **self.reliability)
+        beta = self.beta(step)
+        return {
+            "total": self.gamma * supervised + beta * mutual,
+            "supervised": supervised,
+            "mutual": mutual,
+            "beta": supervised.new_tensor(beta),
+            "pseudo_foreground": foreground_fraction(logits[0][labelled:]),
+            "dice": batch_dice(logits[0][:labelled], batch.label),
+        }

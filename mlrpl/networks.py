@@ -1,0 +1,143 @@
+"""V-Net with one encoder and one to n decoders (DESIGN: the paper's Fig. 2; Milletari et al., 3DV 2016).
+
+All nine methods use these blocks. Every size below is in voxels; feature maps are (N, channels, x, y, z).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+DEPTHS = (1, 2, 3, 3, 3)  # convolutions in each encoder stage, from full resolution to the bottleneck
+STRIDE = 2 ** (len(DEPTHS) - 1)  # patch sides must be divisible by this
+
+
+def conv_norm_relu(conv: nn.Module) -> list[nn.Module]:
+    """A convolution of any kind, then BatchNorm and ReLU."""
+    return [conv, nn.BatchNorm3d(conv.out_channels), nn.ReLU(inplace=True)]
+
+
+def conv_stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
+    """`depth` convolutions 3³, each with BatchNorm and ReLU."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += conv_norm_relu(nn.Conv3d(out_channels if i else in_channels, out_channels, 3, padding=1))
+    return nn.Sequential(*layers)
+
+
+def downsampling(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Halve every side with a convolution 2³ of stride 2."""
+    return nn.Sequential(*conv_norm_relu(nn.Conv3d(in_channels, out_channels, 2, stride=2)))
+
+
+def upsampling(kind: str, in_channels: int, out_channels: int) -> nn.Sequential:
+    """Double every side; `kind` is "deconv", "nearest" or "trilinear".
+
+    Raises ValueError for another kind.
+    """
+    if kind == "deconv":
+        return nn.Sequential(*conv_norm_relu(nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2)))
+    if kind == "nearest":
+        resize = nn.Upsample(scale_factor=2, mode="nearest")
+    elif kind == "trilinear":
+        resize = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
+    else:
+        raise ValueError(f"unknown up-sampling {kind!r}: choose deconv, nearest or trilinear")
+    return nn.Sequential(resize, *conv_norm_relu(nn.Conv3d(in_channels, out_channels, 3, padding=1)))
+
+
+class Encoder(nn.Module):
+    """Five stages; returns their five maps, full resolution first, the bottleneck after Dropout3d 0.5."""
+
+    def __init__(self, in_channels: int, filters: int, dropout: bool) -> None:
+        super().__init__()
+        widths = [filters * 2**level for level in range(len(DEPTHS))]
+        self.stages = nn.ModuleList()
+        self.downs = nn.ModuleList()
+        for level, (width, depth) in enumerate(zip(widths, DEPTHS, strict=True)):
+            self.stages.append(conv_stage(width if level else in_channels, width, depth))
+            if level + 1 < len(widths):
+                self.downs.append(downsampling(width, widths[level + 1]))
+        self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = [self.stages[0](image)]
+        for down, stage in zip(self.downs, self.stages[1:], strict=True):
+            maps.append(stage(down(maps[-1])))
+        maps[-1] = self.dropout(maps[-1])
+        return maps
+
+
+class Decoder(nn.Module):
+    """From the five encoder maps to (logits, features); skips are added, not concatenated."""
+
+    def __init__(self, num_classes: int, filters: int, kind: str, dropout: bool) -> None:
+        super().__init__()
+        widths = [filters * 2**level for level in range(len(DEPTHS))]
+        self.ups = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for level in reversed(range(len(DEPTHS) - 1)):
+            self.ups.append(upsampling(kind, widths[level + 1], widths[level]))
+            self.stages.append(conv_stage(widths[level], widths[level], DEPTHS[level]))
+        self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
+        self.head = nn.Conv3d(filters, num_classes, 1)
+
+    def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The decoder's maps before any head, from 1/8 to full resolution, without dropout."""
+        outputs: list[Tensor] = []
+        below = maps[-1]
+        for up, stage, skip in zip(self.ups, self.stages, reversed(maps[:-1]), strict=True):
+            below = stage(up(below) + skip)
+            outputs.append(below)
+        return outputs
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        features = self.dropout(self.levels(maps)[-1])
+        return self.head(features), features
+
+
+class VNet(nn.Module):
+    """One encoder, one decoder for each of `upsamplings`.
+
+    Args:
+        in_channels: image channels.
+        num_classes: classes, background included.
+        filters: channels of the first stage (the paper: 16); they double at each of the four stages below.
+        upsamplings: one of "deconv", "nearest", "trilinear" a decoder. V-Net: ("deconv",); MLRPL: ("deconv", "nearest").
+        dropout: Dropout3d 0.5 on the bottleneck and on the features before each head.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        filters: int = 16,
+        upsamplings: Sequence[str] = ("deconv", "nearest"),
+        dropout: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(in_channels, filters, dropout)
+        self.decoders = nn.ModuleList(Decoder(num_classes, filters, kind, dropout) for kind in upsamplings)
+
+    def forward(self, image: Tensor, decoders: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits (N, classes, x, y, z) and features (N, filters, x, y, z), two lists with one entry a decoder.
+
+        Args:
+            image: (N, in_channels, x, y, z); every side divisible by 16, else ValueError.
+            decoders: run only the first so many; default all.
+        """
+        if any(side % STRIDE for side in image.shape[2:]):
+            raise ValueError(f"patch {tuple(image.shape[2:])}: every side must be divisible by {STRIDE}")
+        maps = self.encoder(image)
+        outputs = [decoder(maps) for decoder in self.decoders[:decoders]]
+        return [logits for logits, _ in outputs], [features for _, features in outputs]
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """Store the 3-D convolutions' weights channels-last, the layout in which CPUs and GPUs run them fastest."""
+    return module.to(memory_format=torch.channels_last_3d)

@@ -1,0 +1,159 @@
+"""Which pseudo-labels are reliable (WR), and how reliable are they (HR): the heart of the paper.
+
+Su, Luo, Lian, Lin, Li: Mutual learning with reliable pseudo label for semi-supervised medical image segmentation,
+Medical Image Analysis 94 (2024) 103111, Section 3.
+
+Notation: decoders k = 1…K; z_k logits and p_k = softmax(z_k), (N, C, x, y, z); f_k the features before decoder k's
+1×1×1 head, (N, F, x, y, z); ŷ_k = argmax_c p_k. In a pair (i, j), j is the teacher and i the student.
+
+**Which (WR).** Decoder i learns from decoder j at voxel v only where j is surer:
+
+    H_k(v) = −Σ_c p_k log(p_k + 1e-6),        m_ij(v) = 1[H_i(v) > H_j(v)]
+
+The sign is right as it stands, though it is often asked about. Entropy is *un*certainty, so "the teacher is surer" reads
+H_j < H_i: the student's entropy exceeds the teacher's. Turned round, the surer decoder would copy the less sure one.
+m_ij and m_ji are never both 1, so at no voxel do two decoders teach each other; at equal entropies neither teaches.
+
+**How (HR).** A pseudo-label is trusted as far as features and probabilities tell the same story. Per volume and class,
+the prototype is the mean feature of the voxels that j assigns to the class; where the similarity to it and the
+probability agree, the weight is near 1:
+
+    q_jc = Σ_v f_j 1[ŷ_j = c] / (Σ_v 1[ŷ_j = c] + 1e-6),   s_jc = cos(f_j, q_jc),   w_j = mean_c [1 − (s_jc − p_jc)²]
+
+A class that j assigns nowhere has a zero prototype: its similarity is 0 and its part of the weight is 1 − p².
+
+**Mutual loss.** m, w and ŷ are constants; gradients flow through the student's cross-entropy alone:
+
+    L_mut = Σ_{i≠j} [ Σ_v m_ij w_j CE(z_i, ŷ_j) / (Σ_v m_ij + 1e-6) ]
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlrpl.losses import one_hot
+
+EPSILON = 1e-6
+
+SELECTIONS = ("wr", "all", "threshold")
+WEIGHTINGS = ("mse", "none", "sim", "prob", "multiply", "avg", "margin")
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """H = −Σ_c p log(p + 1e-6), in nats: (N, C, x, y, z) -> (N, x, y, z)."""
+    return -(probabilities * (probabilities + EPSILON).log()).sum(1)
+
+
+def select(selection: str, student: Tensor, teacher: Tensor, threshold: float | None = None) -> Tensor:
+    """Where the student learns from the teacher, boolean (N, x, y, z).
+
+    Args:
+        selection: "wr", where the teacher's entropy is the lower one; "threshold", where its largest probability
+            exceeds `threshold`, whatever the student thinks (the field's usual rule); "all", everywhere.
+        student: the student's probabilities (N, C, x, y, z).
+        teacher: the teacher's.
+        threshold: τ of "threshold".
+
+    Raises:
+        ValueError: for another selection, or "threshold" without one.
+    """
+    if selection == "wr":
+        return entropy(student) > entropy(teacher)
+    if selection == "all":
+        return torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    if selection == "threshold":
+        if threshold is None:
+            raise ValueError('selection "threshold" needs a threshold')
+        return teacher.amax(1) > threshold
+    raise ValueError(f"unknown selection {selection!r}: choose one of {', '.join(SELECTIONS)}")
+
+
+def prototype_similarity(features: Tensor, pseudo_labels: Tensor, num_classes: int) -> Tensor:
+    """s_c(v) = cos(f(v), q_c), the similarity of each voxel to its volume's class prototypes.
+
+    Args:
+        features: (N, F, x, y, z).
+        pseudo_labels: (N, x, y, z), integers 0…C-1.
+        num_classes: C.
+
+    Returns:
+        (N, C, x, y, z) in −1…1; 0 for a class that no voxel of the volume is assigned to.
+    """
+    flat = features.float().flatten(2)
+    member = one_hot(pseudo_labels, num_classes).flatten(2)
+    prototypes = member @ flat.transpose(1, 2) / (member.sum(2, keepdim=True) + EPSILON)
+    # Two small matrix products in place of an (N, C, F, x, y, z) tensor.
+    similarity = F.normalize(prototypes, dim=2, eps=1e-8) @ flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    return similarity.unflatten(2, features.shape[2:])
+
+
+def weigh(weighting: str, probabilities: Tensor, features: Tensor, pseudo_labels: Tensor) -> Tensor:
+    """The teacher's weight w(v) = HR, (N, x, y, z).
+
+    Args:
+        weighting: "mse", the paper's; its single measures "sim" (s at ŷ) and "prob" (largest p), their product
+            "multiply" and mean "avg"; "margin" (s at ŷ minus the largest other s: the paper's outlook); or "none" (1).
+        probabilities: the teacher's (N, C, x, y, z).
+        features: the teacher's (N, F, x, y, z).
+        pseudo_labels: the teacher's arg-max (N, x, y, z).
+
+    Raises:
+        ValueError: for another weighting.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+    confidence = probabilities.amax(1)
+    if weighting == "none":
+        return torch.ones_like(confidence)
+    if weighting == "prob":
+        return confidence
+    similarity = prototype_similarity(features, pseudo_labels, probabilities.shape[1])
+    if weighting == "mse":
+        return 1 - (similarity - probabilities).square().mean(1)
+    own = similarity.gather(1, pseudo_labels.unsqueeze(1)).squeeze(1)
+    if weighting == "sim":
+        return own
+    if weighting == "multiply":
+        return own * confidence
+    if weighting == "avg":
+        return (own + confidence) / 2
+    others = similarity.scatter(1, pseudo_labels.unsqueeze(1), -torch.inf)
+    return own - others.amax(1)
+
+
+def mutual_loss(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor],
+    selection: str = "wr",
+    weighting: str = "mse",
+    threshold: float | None = None,
+) -> Tensor:
+    """L_mut, summed over the ordered pairs of decoders; voxels of all volumes, labelled and unlabelled.
+
+    Args:
+        logits: K tensors (N, C, x, y, z).
+        features: K tensors (N, F, x, y, z); never receive a gradient.
+        selection: see `select`.
+        weighting: see `weigh`.
+        threshold: see `select`.
+
+    Returns:
+        A scalar.
+    """
+    log_probabilities = [z.float().log_softmax(1) for z in logits]
+    with torch.no_grad():
+        probabilities = [log_p.exp() for log_p in log_probabilities]
+        pseudo_labels = [p.argmax(1) for p in probabilities]
+        weights = [weigh(weighting, *teacher) for teacher in zip(probabilities, features, pseudo_labels, strict=True)]
+    loss = log_probabilities[0].new_zeros(())
+    for i, log_p in enumerate(log_probabilities):
+        for j, labels in enumerate(pseudo_labels):
+            if i == j:
+                continue
+            with torch.no_grad():
+                mask = select(selection, probabilities[i], probabilities[j], threshold)
+                scale = mask * weights[j] / (mask.sum() + EPSILON)
+            loss = loss - (scale * log_p.gather(1, labels.unsqueeze(1)).squeeze(1)).sum()
+    return loss

@@ -1,0 +1,221 @@
+"""Pages that stand alone: executed notebooks and study indices as HTML that loads nothing from a network.
+
+Style sheet, script and pictures are inside each page, and its content security policy forbids anything from outside,
+so a page works from a file system, as an e-mail attachment and in years. Formulas are written in Unicode: there is no
+MathJax.
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mistune
+import nbformat
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+from mlrpl.errors import StudyError
+
+TEMPLATES = Path(__file__).parent / "templates"
+PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link; also allowed as a table's cell. ``href`` is relative to the page."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure to embed: ``path`` to an svg or png file, ``caption`` in Markdown, ``alt`` for those who cannot see it."""
+
+    path: Path
+    caption: str = ""
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a study's page, shown in the order of its fields.
+
+    Attributes:
+        heading: Plain text.
+        text: Markdown.
+        table: Shown without its index. Text is shown as it is, floats with two decimals, missing values as a dash;
+            a cell may be a :class:`Link`. Readers sort it by clicking a heading.
+        caption: Markdown above the table.
+        figures: Pictures, one below the other.
+        links: Links to other pages.
+    """
+
+    heading: str
+    text: str = ""
+    table: pd.DataFrame | None = None
+    caption: str = ""
+    figures: Sequence[Picture] = ()
+    links: Sequence[Link] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A study on the overall page: its page (``href``, relative) and what it is about (``text``, Markdown)."""
+
+    title: str
+    href: str
+    text: str = ""
+
+
+def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -> None:
+    """Write an executed notebook as one page; code is folded, what cells wrote to stderr and progress bars are left out.
+
+    Args:
+        notebook: The executed notebook.
+        destination: The page; replaced as a whole or not at all.
+        title: Plain text.
+        home: Link back to the study's index, relative to the page.
+
+    Raises:
+        StudyError: The notebook cannot be read or the page cannot be written.
+    """
+    try:
+        cells = nbformat.read(notebook, as_version=4)
+    except OSError as error:
+        raise StudyError(f"{notebook}: cannot be read ({error.strerror}); run the study again") from error
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
+        raise StudyError(f"{notebook}: not a notebook; delete it and run the study again") from error
+    exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(TEMPLATES)])
+    body, _ = exporter.from_notebook_node(_without_progress(cells))
+    _write(destination, "notebook.html.j2", title=title, home=home, body=Markup(body))  # nbconvert has escaped it
+
+
+def write_index(
+    destination: Path,
+    *,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    provenance: Mapping[str, object],
+    home: str | None = None,
+) -> None:
+    """Write a study's page.
+
+    Args:
+        destination: The page; replaced as a whole or not at all.
+        title: Plain text.
+        lead: Markdown, the paragraphs before the first section.
+        sections: In the order shown.
+        provenance: What the results came from, shown folded; nested mappings become dotted names.
+        home: Link to the page over all studies, relative to this one.
+
+    Raises:
+        StudyError: A picture cannot be read or the page cannot be written.
+    """
+    facts = [(name, _provenance_text(value)) for name, value in _flat(provenance)]
+    _write(destination, "index.html.j2", title=title, home=home, lead=lead, sections=sections, provenance=facts)
+
+
+def write_home(destination: Path, *, title: str, lead: str, entries: Sequence[Entry]) -> None:
+    """Write the page over all studies; arguments as for :func:`write_index`.
+
+    Raises:
+        StudyError: The page cannot be written.
+    """
+    _write(destination, "home.html.j2", title=title, home=None, lead=lead, entries=entries)
+
+
+def _write(destination: Path, template: str, **values: object) -> None:
+    page = _environment().get_template(template).render(**values)
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(destination)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise StudyError(f"{destination}: cannot be written ({error.strerror}); free or choose another place") from error
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mlrpl"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"markdown": _markdown, "cell": _cell, "data_uri": _data_uri, "slug": _slug}
+    environment.globals |= {
+        "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        "script": Markup((TEMPLATES / "script.js").read_text(encoding="utf-8")),
+        "code_style": Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight")),
+    }
+    return environment
+
+
+def _markdown(text: str) -> Markup:
+    """HTML of Markdown; HTML inside it is shown as text, not obeyed."""
+    return Markup(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(text))
+
+
+def _cell(value: object) -> str | Link:
+    """What a table shows for a value."""
+    if isinstance(value, Link):
+        return value
+    if pd.isna(value):
+        return "—"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _data_uri(path: Path) -> str:
+    """The picture as a data URI."""
+    kind = PICTURE_TYPES.get(path.suffix.lower())
+    if kind is None:
+        raise StudyError(f"{path}: only {' and '.join(PICTURE_TYPES)} pictures can be embedded")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}); make the figure again") from error
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _slug(heading: str) -> str:
+    """The part of a link that names a heading."""
+    return re.sub(r"\W+", "-", heading.lower()).strip("-")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for name, value in values.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return rows
+
+
+def _provenance_text(value: object) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
+
+
+def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without stderr and widgets; of a line rewritten with carriage returns, what was last seen."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [
+            output for output in cell.outputs if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+        ]
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace("\r\n", "\n"))
+    return notebook

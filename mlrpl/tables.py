@@ -1,0 +1,196 @@
+"""Tables, computed from per-case rows.
+
+``metrics`` is the tidy frame of a study: ``study, method, variant, labelled, seed, selection, output, case, class,
+dice, jaccard, hd95, asd`` (fractions; voxels or mm). ``runs`` has a row a run: ``run, study, method, variant, title,
+labelled, seed, …``. Titles are printed in the order in which ``runs`` brings them.
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from mlrpl.errors import StudyError
+
+RUN = ["study", "method", "variant", "labelled", "seed"]
+ROW = [*RUN, "selection", "output", "case", "class"]
+MEASURES = ["dice", "jaccard", "hd95", "asd"]
+SELECTIONS = ["last", "published"]
+OUTPUTS = {"decoder1": "decoder 1", "mean": "mean of decoders"}
+
+
+def titled(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Metrics with the run and title of each row; ``title``, ``selection``, ``output`` are categories in print order.
+
+    Raises:
+        StudyError: A row belongs to none of the runs, or one title stands for two variants.
+    """
+    titles = list(dict.fromkeys(runs["title"]))
+    # An empty variant comes back from a csv file as NaN.
+    metrics, runs = (frame.assign(variant=frame["variant"].fillna("")) for frame in (metrics, runs))
+    for (title, labelled), same in runs.groupby(["title", "labelled"], sort=False):
+        if len(same[["method", "variant"]].drop_duplicates()) > 1:
+            raise StudyError(f"title {title!r} at {labelled} labelled stands for two variants: give each its own title")
+    rows = metrics.merge(runs[[*RUN, "run", "title"]], on=RUN, how="left", validate="many_to_one")
+    unknown = rows.loc[rows["run"].isna(), RUN].drop_duplicates()
+    if len(unknown):
+        first = ", ".join(f"{name} {value!s}" for name, value in unknown.iloc[0].items())
+        raise StudyError(f"metrics of {len(unknown)} run(s) are not in the table of runs ({first}): remake the tables")
+    for column, order in {"title": titles, "selection": SELECTIONS, "output": OUTPUTS}.items():
+        rows[column] = pd.Categorical(rows[column], categories=list(order), ordered=True)
+    return rows
+
+
+def chosen(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
+    """Rows of one selection and output; a run with one decoder only is its own mean."""
+    rows = rows[rows["selection"] == selection]
+    averaged = rows.loc[rows["output"] == "mean", RUN].drop_duplicates()
+    single = ~pd.MultiIndex.from_frame(rows[RUN]).isin(pd.MultiIndex.from_frame(averaged))
+    return rows[(rows["output"] == output) | single & (rows["output"] == "decoder1")]
+
+
+def comparison(metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] = ()) -> pd.DataFrame:
+    """A row a (labelled, title, selection, output): means over cases and classes, then over seeds.
+
+    Args:
+        metrics: Per-case rows.
+        runs: A row a run.
+        paper: The paper's figures, ``{"title", "labelled", "dice" (%), "hd95" (voxels)}``, either measure optional.
+            They stand beside the published selection, by which they were obtained.
+
+    Returns:
+        ``labelled, title, selection, output``; per measure its mean and, as ``<measure>_sd``, the standard deviation
+        over seeds (NaN for one seed), ``dice`` and ``jaccard`` in %; ``seeds``; ``cases``; ``undefined``, the number of
+        distances that are NaN and so in no mean, of ``distances`` in all; ``paper_dice`` and ``paper_hd95`` if there
+        are any.
+    """
+    rows = titled(metrics, runs)
+    key = ["labelled", "title", "selection", "output"]
+    seeds = rows.groupby([*key, "seed"], observed=True)[MEASURES].mean()
+    seeds[["dice", "jaccard"]] *= 100
+    seeds = seeds.groupby(key, observed=True)
+    means, deviations = seeds.mean(), seeds.std(ddof=1).add_suffix("_sd")
+    table = means.join(deviations)[[name for measure in MEASURES for name in (measure, f"{measure}_sd")]]
+    groups = rows.groupby(key, observed=True)
+    table["seeds"] = groups["seed"].nunique()
+    table["cases"] = groups["case"].nunique()
+    table["undefined"] = groups["hd95"].agg(lambda distances: distances.isna().sum())
+    table["distances"] = groups.size()
+    table = table.reset_index().astype({"title": str, "selection": str, "output": str})
+    paper = list(paper)
+    for measure in ("dice", "hd95"):
+        figures = {
+            (entry["title"], entry["labelled"], "published"): entry[measure] for entry in paper if measure in entry
+        }
+        if figures:
+            rows = table[["title", "labelled", "selection"]].itertuples(index=False, name=None)
+            table[f"paper_{measure}"] = [figures.get(row, float("nan")) for row in rows]
+    return table
+
+
+def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
+    """The comparison as people read it, in text.
+
+    Args:
+        table: What :func:`comparison` returns.
+        unit: Of the distances, ``"voxels"`` or ``"mm"``.
+    """
+    view = pd.DataFrame(
+        {
+            "Labelled": table["labelled"].astype(str),
+            "Method": table["title"],
+            "Selection": table["selection"],
+            "Output": table["output"].map(OUTPUTS),
+        }
+    )
+    headings = {"dice": "Dice (%)", "jaccard": "Jaccard (%)", "hd95": f"95HD ({unit})", "asd": f"ASD ({unit})"}
+    for measure, heading in headings.items():
+        view[heading] = [_mean_and_sd(*pair) for pair in zip(table[measure], table[f"{measure}_sd"], strict=True)]
+    view["Undefined distances"] = [
+        f"{count} of {distances}" if count else "0"
+        for count, distances in zip(table["undefined"], table["distances"], strict=True)
+    ]
+    view["Cases"] = table["cases"].astype(str)
+    view["Seeds"] = table["seeds"].astype(str)
+    for column, heading in {"paper_dice": "Paper: Dice (%)", "paper_hd95": "Paper: 95HD (voxels)"}.items():
+        if column in table and table[column].notna().any():
+            view[heading] = table[column].map(_number)
+    return view
+
+
+def per_case(
+    metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", selection: str = "last", output: str = "decoder1"
+) -> pd.DataFrame:
+    """A row a (labelled, case), a column a title: the measure averaged over seeds and classes.
+
+    The paired values that tests over cases need; ``dice`` and ``jaccard`` in %, distances as they are.
+    """
+    rows = chosen(titled(metrics, runs), selection, output)
+    titles = rows.groupby("title", observed=True)
+    table = pd.concat(
+        {t: same.groupby(["labelled", "case"])[measure].mean() for t, same in titles}, axis=1
+    ).sort_index()
+    return (table * 100 if measure in ("dice", "jaccard") else table).reset_index()
+
+
+def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """What selecting on the test cases adds: published minus last, in points of Dice.
+
+    Returns:
+        A row a (labelled, title, output): ``last`` and ``published`` Dice in %, ``optimism`` as the mean over seeds of
+        their difference, ``optimism_sd`` over seeds, ``seeds``. Runs without a published selection are left out.
+    """
+    key = ["labelled", "title", "output"]
+    rows = titled(metrics, runs)
+    dice = rows.pivot_table("dice", [*key, "seed"], "selection", aggfunc="mean", observed=True)
+    dice = dice.reindex(columns=SELECTIONS).dropna() * 100
+    dice["optimism"] = dice["published"] - dice["last"]
+    groups = dice.groupby(key, observed=True)
+    table = groups.mean()
+    table["optimism_sd"] = groups["optimism"].std(ddof=1)
+    table["seeds"] = groups.size()
+    return table.reset_index().astype({"title": str, "output": str})
+
+
+def difference(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
+    """How far new metrics are from old ones.
+
+    Returns:
+        A row a run that is in either: ``study, method, variant, labelled, seed``; ``compared``, the number of rows in
+        both; ``unmatched``, of rows in one only; ``mean`` and ``max`` absolute difference in points of Dice.
+    """
+    new, old = (frame.assign(variant=frame["variant"].fillna(""))[[*ROW, "dice"]] for frame in (new, old))
+    both = new.merge(old, on=ROW, how="outer", suffixes=("_new", "_old"), indicator=True, validate="one_to_one")
+    both["compared"] = both["_merge"] == "both"
+    both["unmatched"] = ~both["compared"]
+    both["mean"] = both["max"] = (both["dice_new"] - both["dice_old"]).abs() * 100
+    summary = {"compared": "sum", "unmatched": "sum", "mean": "mean", "max": "max"}
+    return both.groupby(RUN, sort=False).agg(summary).reset_index()
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A GitHub table, aligned in plain text too; numbers to the right, floats with two decimals, NaN as a dash."""
+    columns = []
+    for name, values in table.items():
+        cells = [_number(value) if isinstance(value, float) else str(value) for value in values]
+        columns.append([text.replace("|", "\\|") for text in (str(name), *cells)])
+    widths = [max(3, *map(len, column)) for column in columns]
+    numeric = [all(text[:1].isdigit() or text[:1] in "-−—" for text in column[1:]) for column in columns]
+
+    def line(cells: Iterable[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(cells, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+    header, *body = zip(*columns, strict=True)
+    return "\n".join([line(header), line(rule), *map(line, body)]) + "\n"
+
+
+def _number(value: float) -> str:
+    return "—" if pd.isna(value) else f"{value:.2f}"
+
+
+def _mean_and_sd(mean: float, deviation: float) -> str:
+    return _number(mean) if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"

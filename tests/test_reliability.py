@@ -1,0 +1,182 @@
+"""WR, HR and the mutual loss against golden values, and what must hold for any input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlrpl.losses import dice_loss
+from mlrpl.reliability import SELECTIONS, WEIGHTINGS, entropy, mutual_loss, prototype_similarity, select, weigh
+
+GOLDEN = sorted((Path(__file__).parent / "data").glob("mlrpl_*.npz"))
+
+
+def assert_close(ours: torch.Tensor, expected: np.ndarray) -> None:
+    """Equal to a relative 1e-5 of the largest expected value."""
+    expected = torch.as_tensor(expected)
+    assert (ours.detach() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    return dict(np.load(request.param))
+
+
+def random_decoders(classes: int = 3, decoders: int = 2, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = [2 * torch.randn(2, classes, 6, 5, 4, generator=generator) for _ in range(decoders)]
+    features = [torch.randn(2, 16, 6, 5, 4, generator=generator) for _ in range(decoders)]
+    return logits, features
+
+
+def test_golden_vectors_are_there() -> None:
+    assert len(GOLDEN) == 3
+
+
+def test_selection_is_golden_exactly(golden: dict[str, np.ndarray]) -> None:
+    p = [torch.as_tensor(z).softmax(0 + 1) for z in golden["logits"]]
+    for i in range(len(p)):
+        for j in range(len(p)):
+            if i != j:
+                assert np.array_equal(select("wr", p[i], p[j]).numpy(), golden["select"][i, j])
+
+
+def test_weight_is_golden(golden: dict[str, np.ndarray]) -> None:
+    for z, f, expected in zip(golden["logits"], golden["features"], golden["weight"], strict=True):
+        p = torch.as_tensor(z).softmax(1)
+        assert_close(weigh("mse", p, torch.as_tensor(f), p.argmax(1)), expected)
+
+
+def test_losses_and_gradient_are_golden(golden: dict[str, np.ndarray]) -> None:
+    logits = torch.as_tensor(golden["logits"]).requires_grad_()
+    features = torch.as_tensor(golden["features"]).requires_grad_()
+    mutual = mutual_loss(list(logits), list(features))
+    assert_close(mutual, golden["mutual_loss"])
+    total = float(golden["beta"]) * mutual
+    if "dice_loss" in golden:
+        labels = torch.as_tensor(golden["labels"]).long()
+        supervised = sum(dice_loss(z[:2].softmax(1), labels) for z in logits)
+        assert_close(supervised, golden["dice_loss"])
+        total = total + float(golden["gamma"]) * supervised
+    assert_close(total, golden["total"])
+    total.backward()
+    assert_close(logits.grad, golden["grad_logits"])
+    assert features.grad is None
+
+
+def test_the_surer_decoder_teaches() -> None:
+    sure, unsure = torch.tensor([0.05, 0.95]), torch.tensor([0.4, 0.6])
+    shape = (1, 2, 1, 1, 1)
+    assert select("wr", student=unsure.view(shape), teacher=sure.view(shape)).item()
+    assert not select("wr", student=sure.view(shape), teacher=unsure.view(shape)).item()
+
+
+def test_no_voxel_teaches_both_ways_and_equal_entropies_teach_nobody() -> None:
+    a, b = (z.softmax(1) for z in random_decoders()[0])
+    assert not (select("wr", a, b) & select("wr", b, a)).any()
+    assert not select("wr", a, a.clone()).any()
+    assert not select("wr", a, a.flip(1)).any() or a.shape[1] > 2
+    logits, features = random_decoders(classes=2)
+    assert mutual_loss([logits[0], logits[0].clone()], features).item() == 0
+
+
+def test_absent_class_has_zero_similarity_and_weight_one_minus_p_squared() -> None:
+    logits, features = random_decoders(classes=3)
+    z = logits[0].clone()
+    z[:, 2] = z.amin() - 1
+    p = z.softmax(1)
+    labels = p.argmax(1)
+    assert not (labels == 2).any()
+    s = prototype_similarity(features[0], labels, 3)
+    assert (s[:, 2] == 0).all()
+    expected = ((1 - (s[:, 0] - p[:, 0]) ** 2) + (1 - (s[:, 1] - p[:, 1]) ** 2) + (1 - p[:, 2] ** 2)) / 3
+    torch.testing.assert_close(weigh("mse", p, features[0], labels), expected)
+    assert torch.isfinite(mutual_loss([z, logits[1]], features))
+
+
+def test_prototypes_are_per_volume() -> None:
+    logits, features = random_decoders()
+    labels = logits[0].argmax(1)
+    together = prototype_similarity(features[0], labels, 3)
+    alone = torch.cat([prototype_similarity(features[0][n : n + 1], labels[n : n + 1], 3) for n in range(2)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_similarity_is_the_plain_cosine() -> None:
+    logits, features = random_decoders()
+    labels = logits[0].argmax(1)
+    s = prototype_similarity(features[0], labels, 3)
+    f = features[0][1]
+    prototype = f[:, labels[1] == 2].mean(1)
+    plain = torch.cosine_similarity(f, prototype.view(-1, 1, 1, 1), dim=0)
+    torch.testing.assert_close(s[1, 2], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_mutual_loss_is_the_plain_sum() -> None:
+    """Against the formula written voxel by voxel."""
+    logits, features = random_decoders()
+    p = [z.softmax(1) for z in logits]
+    expected = 0.0
+    for i, j in ((0, 1), (1, 0)):
+        labels = p[j].argmax(1)
+        weight = weigh("mse", p[j], features[j], labels)
+        numerator = count = 0.0
+        for index in np.ndindex(*labels.shape):
+            n, x, y, z = index
+            if entropy(p[i])[index] > entropy(p[j])[index]:
+                count += 1
+                numerator -= weight[index] * p[i][n, labels[index], x, y, z].log()
+        expected += numerator / (count + 1e-6)
+    torch.testing.assert_close(mutual_loss(logits, features), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weights_are_bounded_and_constant(weighting: str) -> None:
+    logits, features = random_decoders()
+    p = logits[0].softmax(1).requires_grad_()
+    f = features[0].requires_grad_()
+    w = weigh(weighting, p, f, p.argmax(1))
+    assert w.shape == (2, 6, 5, 4)
+    assert w.max() <= (2 if weighting == "margin" else 1 + 1e-6)
+    loss = mutual_loss([z.requires_grad_() for z in logits], features, weighting=weighting)
+    loss.backward()
+    assert f.grad is None
+    assert all(z.grad.abs().sum() > 0 for z in logits)
+
+
+def test_threshold_half_selects_all_for_two_classes() -> None:
+    logits, features = random_decoders(classes=2)
+    everything = mutual_loss(logits, features, "all")
+    assert mutual_loss(logits, features, "threshold", threshold=0.5) == everything
+    assert mutual_loss(logits, features, "threshold", threshold=0.9) != everything
+
+
+def test_gradient_matches_finite_differences() -> None:
+    """In double precision, away from ties: m, w and ŷ are constants of the step, so CE's is the only gradient."""
+    logits, features = random_decoders(classes=2)
+    logits[1] = logits[1] * 3  # decoder 2 is the surer one almost everywhere, so tiny steps flip nothing
+    z = logits[0].double().requires_grad_()
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        p, teacher = z.detach().softmax(1), logits[1].double().softmax(1)
+        labels = teacher.argmax(1)
+        mask = select("wr", logits[0].double().softmax(1), teacher)
+        w = weigh("mse", teacher, features[1], labels)
+        del p
+        ce = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+        return (mask * w * ce).sum() / (mask.sum() + 1e-6)
+
+    assert torch.autograd.gradcheck(loss, (z,), eps=1e-6, atol=1e-6, nondet_tol=0)
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    ({"selection": "both"}, "unknown selection"),
+    ({"selection": "threshold"}, "needs a threshold"),
+    ({"weighting": "guess"}, "unknown weighting"),
+])
+def test_wrong_names_are_named(kwargs: dict[str, str], message: str) -> None:
+    logits, features = random_decoders()
+    with pytest.raises(ValueError, match=message):
+        mutual_loss(logits, features, **kwargs)
+    assert SELECTIONS == ("wr", "all", "threshold")

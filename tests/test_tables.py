@@ -1,0 +1,213 @@
+"""Tables hold what the rows say: means over cases first, then over seeds."""
+
+import io
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlrpl.errors import StudyError
+from mlrpl.tables import comparison, difference, formatted, optimism, per_case, titled, to_markdown
+
+CASES = ["a", "b", "c"]
+PAPER = [
+    {"title": "MLRPL", "labelled": 8, "dice": 89.86, "hd95": 6.91},
+    {"title": "MC-Net", "labelled": 8, "dice": 87.5},
+]
+
+
+def runs_frame():
+    """Three methods, in study order; three seeds at 8 labelled, one at 16."""
+    methods = [("vnet", "", "V-Net"), ("mlrpl", "control", "Control (β = 0)"), ("mlrpl", "", "MLRPL")]
+    rows = [
+        ("toy", method, variant, labelled, seed, title, f"{variant or method}-{labelled}-s{seed}")
+        for (method, variant, title), (labelled, seed) in product(methods, [(16, 0), (8, 0), (8, 1), (8, 2)])
+    ]
+    return pd.DataFrame(rows, columns=["study", "method", "variant", "labelled", "seed", "title", "run"])
+
+
+def metrics_frame(runs):
+    """Dice in steps of whole points, so that every mean is known; V-Net has one decoder."""
+    rows = []
+    for run, selection, output, case in product(runs.itertuples(), ["last", "published"], ["decoder1", "mean"], CASES):
+        if run.method == "vnet" and output == "mean":
+            continue
+        number = CASES.index(case)
+        dice = {"V-Net": 0.70, "Control (β = 0)": 0.701, "MLRPL": 0.74}[run.title] + 0.01 * run.seed + 0.02 * number
+        dice += 0.03 * (selection == "published") + 0.1 * (output == "mean")
+        key = (run.study, run.method, run.variant, run.labelled, run.seed, selection, output, case, "atrium")
+        rows.append((*key, dice, dice / (2 - dice), 4.0 + number, 1.0 + run.seed))
+    names = ["study", "method", "variant", "labelled", "seed", "selection", "output", "case", "class"]
+    return pd.DataFrame(rows, columns=[*names, "dice", "jaccard", "hd95", "asd"])
+
+
+@pytest.fixture
+def runs():
+    return runs_frame()
+
+
+@pytest.fixture
+def metrics(runs):
+    return metrics_frame(runs)
+
+
+def row(table, labelled, title, selection="last", output="decoder1"):
+    found = table.query("labelled == @labelled and title == @title and selection == @selection and output == @output")
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_rows_come_by_labelled_then_in_study_order(metrics, runs):
+    table = comparison(metrics.sample(frac=1, random_state=0), runs)
+    eight = [
+        (8, "V-Net", "last", "decoder1"),
+        (8, "V-Net", "published", "decoder1"),
+        *[
+            (8, t, s, o)
+            for t in ("Control (β = 0)", "MLRPL")
+            for s in ("last", "published")
+            for o in ("decoder1", "mean")
+        ],
+    ]
+    expected = eight + [(16, *rest) for _, *rest in eight]
+    assert list(table[["labelled", "title", "selection", "output"]].itertuples(index=False, name=None)) == expected
+
+
+def test_means_over_cases_then_mean_and_sd_over_seeds(metrics, runs):
+    mlrpl = row(comparison(metrics, runs), 8, "MLRPL")
+    assert mlrpl["dice"] == pytest.approx(77)
+    assert mlrpl["dice_sd"] == pytest.approx(1)
+    assert mlrpl["hd95"] == pytest.approx(5)
+    assert mlrpl["hd95_sd"] == pytest.approx(0)
+    assert mlrpl["asd"] == pytest.approx(2)
+    assert mlrpl["asd_sd"] == pytest.approx(1)
+    assert (mlrpl["seeds"], mlrpl["cases"], mlrpl["undefined"], mlrpl["distances"]) == (3, 3, 0, 9)
+    jaccard = metrics.query("method == 'mlrpl' and variant == '' and labelled == 8 and selection == 'last'")
+    jaccard = jaccard.query("output == 'decoder1'").groupby("seed")["jaccard"].mean() * 100
+    assert mlrpl["jaccard"] == pytest.approx(jaccard.mean())
+    assert mlrpl["jaccard_sd"] == pytest.approx(jaccard.std())
+
+
+def test_seeds_weigh_the_same_whatever_their_number_of_defined_distances(metrics, runs):
+    mine = (metrics["method"] == "vnet") & (metrics["labelled"] == 8) & (metrics["selection"] == "last")
+    metrics.loc[mine, "hd95"] = 10.0
+    metrics.loc[mine & (metrics["seed"] == 0), "hd95"] = [np.nan, np.nan, 40.0]
+    vnet = row(comparison(metrics, runs), 8, "V-Net")
+    assert vnet["hd95"] == pytest.approx((40 + 10 + 10) / 3)  # neither averaged as 0 nor weighted down
+    assert vnet["undefined"] == 2
+    shown = formatted(comparison(metrics, runs))
+    assert shown["Undefined distances"].iloc[0] == "2 of 9"
+    assert shown["Undefined distances"].iloc[1] == "0"
+
+
+def test_a_title_whose_distances_are_all_undefined_shows_a_dash(metrics, runs):
+    metrics.loc[metrics["method"] == "vnet", ["hd95", "asd"]] = np.nan
+    shown = formatted(comparison(metrics, runs)).iloc[0]
+    assert shown["95HD (voxels)"] == shown["ASD (voxels)"] == "—"
+    assert shown["Undefined distances"] == "9 of 9"
+
+
+def test_classes_are_averaged(metrics, runs):
+    second = metrics.assign(**{"class": "vein", "dice": metrics["dice"] - 0.2})
+    table = comparison(pd.concat([metrics, second]), runs)
+    assert row(table, 8, "MLRPL")["dice"] == pytest.approx(67)
+    assert row(table, 8, "MLRPL")["cases"] == 3
+
+
+def test_one_seed_has_no_sd(metrics, runs):
+    table = comparison(metrics, runs)
+    assert np.isnan(row(table, 16, "MLRPL")["dice_sd"])
+    shown = formatted(table).query("Labelled == '16' and Method == 'MLRPL'")
+    assert shown["Dice (%)"].iloc[0] == "76.00"
+    assert shown["Seeds"].iloc[0] == "1"
+
+
+def test_formatted_names_units_and_protocol(metrics, runs):
+    shown = formatted(comparison(metrics, runs), unit="mm")
+    assert {"95HD (mm)", "ASD (mm)", "Dice (%)", "Jaccard (%)"} <= set(shown)
+    assert shown["Dice (%)"].iloc[0] == "73.00 ± 1.00"
+    assert shown["Selection"].iloc[:2].tolist() == ["last", "published"]
+    assert set(shown["Output"]) == {"decoder 1", "mean of decoders"}
+
+
+def test_paper_stands_beside_the_published_selection_only(metrics, runs):
+    table = comparison(metrics, runs, PAPER)
+    assert row(table, 8, "MLRPL", "published")["paper_dice"] == 89.86
+    assert row(table, 8, "MLRPL", "published", "mean")["paper_hd95"] == 6.91
+    assert table["paper_dice"].notna().sum() == 2
+    assert formatted(table)["Paper: Dice (%)"].value_counts()["—"] == len(table) - 2
+
+
+@pytest.mark.parametrize("paper", [(), PAPER[1:]])
+def test_no_paper_column_without_figures_for_these_rows(metrics, runs, paper):
+    assert not [name for name in formatted(comparison(metrics, runs, paper)) if "Paper" in name]
+
+
+def test_empty_variants_survive_a_csv_file(metrics, runs):
+    again = [pd.read_csv(io.StringIO(frame.to_csv(index=False))) for frame in (metrics, runs)]
+    pd.testing.assert_frame_equal(comparison(*again), comparison(metrics, runs))
+
+
+def test_metrics_without_their_run_are_refused(metrics, runs):
+    with pytest.raises(StudyError, match=r"1 run.*mlrpl.*control.*labelled 16"):
+        titled(metrics, runs[runs["run"] != "control-16-s0"])
+
+
+def test_one_title_for_two_variants_is_refused(metrics, runs):
+    with pytest.raises(StudyError, match="two variants"):
+        titled(metrics, runs.replace({"title": {"Control (β = 0)": "MLRPL"}}))
+
+
+def test_per_case_pairs_titles_and_averages_seeds(metrics, runs):
+    table = per_case(metrics, runs, output="mean")
+    assert list(table) == ["labelled", "case", "V-Net", "Control (β = 0)", "MLRPL"]
+    assert list(table["case"]) == CASES * 2
+    assert table.loc[0, "MLRPL"] == pytest.approx(85)
+    assert table.loc[0, "V-Net"] == pytest.approx(71)
+    assert per_case(metrics, runs, measure="hd95")["MLRPL"].tolist() == [4, 5, 6] * 2
+
+
+def test_optimism_is_published_minus_last_in_points(metrics, runs):
+    table = optimism(metrics, runs)
+    assert table["optimism"].to_numpy() == pytest.approx(3)
+    first = table.iloc[0]
+    assert (first["labelled"], first["title"], first["output"], first["seeds"]) == (8, "V-Net", "decoder1", 3)
+    assert first["last"] == pytest.approx(73)
+    assert first["optimism_sd"] == pytest.approx(0)
+    assert optimism(metrics[metrics["selection"] == "last"], runs).empty
+
+
+def test_difference_names_each_run_and_its_largest_change(metrics):
+    changed = metrics.copy()
+    changed.loc[changed.query("method == 'vnet' and labelled == 8 and seed == 1").index[0], "dice"] += 0.06
+    table = difference(changed, metrics).set_index(["method", "labelled", "seed"])
+    assert table.loc[("vnet", 8, 1), "max"].item() == pytest.approx(6)
+    assert table.loc[("vnet", 8, 1), "mean"].item() == pytest.approx(1)
+    assert (table["max"] > 1e-9).sum() == 1
+    assert not table["unmatched"].any()
+
+
+def test_difference_counts_rows_in_one_only(metrics):
+    table = difference(metrics[metrics["case"] != "c"], metrics[metrics["labelled"] == 8]).set_index(
+        ["variant", "labelled"]
+    )
+    assert table.loc[("control", 16), "compared"].item() == 0
+    assert table.loc[("control", 16), "unmatched"].item() == 8
+    assert np.isnan(table.loc[("control", 16), "max"].item())
+    assert table.loc[("control", 8), "compared"].tolist() == [8, 8, 8]
+    assert table.loc[("control", 8), "unmatched"].tolist() == [4, 4, 4]
+
+
+def test_markdown_is_aligned_and_escaped():
+    table = pd.DataFrame({"name": ["a|b", "c"], "value": [1.0, np.nan], "count": [3, 12]})
+    assert to_markdown(table) == (
+        "| name | value | count |\n| ---- | ----: | ----: |\n| a\\|b |  1.00 |     3 |\n| c    |     — |    12 |\n"
+    )
+
+
+def test_markdown_of_the_whole_comparison(metrics, runs):
+    lines = to_markdown(formatted(comparison(metrics, runs, PAPER))).splitlines()
+    assert len(lines) == 2 + 20
+    assert len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[2].split("|")[1:6]] == ["8", "V-Net", "last", "decoder 1", "73.00 ± 1.00"]
