@@ -159,7 +159,7 @@ def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     quantities = {
         "supervised": ("Supervised loss", 1),
         "mutual": ("Mutual loss", 1),
-        "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
+        "pseudo_foreground": ("Foreground of pseudo-labels (%)", 100),
         "dice": ("Dice of training\nbatch (%)", 100),
     }
     quantities = {name: q for name, q in quantities.items() if curves[name].notna().any()}

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlrpl.losses import one_hot
+from mlrpl.losses import hard_labels, one_hot
 
 EPSILON = 1e-6
 
@@ -145,7 +145,7 @@ def mutual_loss(
     log_probabilities = [z.float().log_softmax(1) for z in logits]
     with torch.no_grad():
         probabilities = [log_p.exp() for log_p in log_probabilities]
-        pseudo_labels = [p.argmax(1) for p in probabilities]
+        pseudo_labels = [hard_labels(p) for p in probabilities]
         weights = [weigh(weighting, *teacher) for teacher in zip(probabilities, features, pseudo_labels, strict=True)]
     loss = log_probabilities[0].new_zeros(())
     for i, log_p in enumerate(log_probabilities):

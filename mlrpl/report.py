@@ -37,7 +37,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure to embed: ``path`` to an svg or png file, ``caption`` in Markdown, ``alt`` for those who cannot see it."""
+    """A figure to embed: ``path`` of an svg or png file, ``caption`` in Markdown, ``alt`` for who cannot see it."""
 
     path: Path
     caption: str = ""
@@ -76,7 +76,7 @@ class Entry:
 
 
 def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -> None:
-    """Write an executed notebook as one page; code is folded, what cells wrote to stderr and progress bars are left out.
+    """Write an executed notebook as one page: code folded, progress bars and what cells wrote to stderr left out.
 
     Args:
         notebook: The executed notebook.
@@ -144,7 +144,7 @@ def _write(destination: Path, template: str, **values: object) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise StudyError(f"{destination}: cannot be written ({error.strerror}); free or choose another place") from error
+        raise StudyError(f"{destination}: cannot be written ({error.strerror}); make room or allow writing") from error
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mlrpl.config import Settings
 from mlrpl.data import Batch
-from mlrpl.losses import consistency_weight
+from mlrpl.losses import consistency_weight, hard_labels
 from mlrpl.networks import VNet
 
 OUTPUTS = ("decoder1", "mean")
@@ -90,4 +90,4 @@ class Method(nn.Module):
 @torch.no_grad()
 def foreground_fraction(logits: Tensor) -> Tensor:
     """Share of voxels whose arg-max is not background: where it falls to 0, the decoders agree on background."""
-    return (logits.argmax(1) > 0).float().mean()
+    return (hard_labels(logits) > 0).float().mean()

@@ -8,6 +8,7 @@ One encoder, two decoders that differ in how they up-sample. Total loss (paper, 
 L_sup: Dice loss of each decoder on the labelled half, summed. L_mut: `mlrpl.reliability.mutual_loss` on all volumes.
 """
 
+import torch
 from torch import Tensor
 
 from mlrpl.config import Settings
@@ -55,8 +56,9 @@ class MLRPL(Method):
         logits, features = self.network(batch.image)
         labelled = len(batch.label)
         supervised = sum(dice_loss(z[:labelled].softmax(1), batch.label) for z in logits)
-        mutual = mutual_loss(logits, features, **self.reliability)
         beta = self.beta(step)
+        with torch.set_grad_enabled(beta > 0):
+            mutual = mutual_loss(logits, features, **self.reliability)
         return {
             "total": self.gamma * supervised + beta * mutual,
             "supervised": supervised,

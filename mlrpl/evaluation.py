@@ -1,0 +1,111 @@
+"""From a trained method to one row a case, class, selection and output."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mlrpl.config import Run
+from mlrpl.data import Case, Store
+from mlrpl.files import atomic
+from mlrpl.inference import sliding_window
+from mlrpl.methods import Method
+from mlrpl.metrics import case_metrics
+from mlrpl.precision import Precision
+
+SELECTIONS = ("last", "published")
+PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
+
+
+def predict_case(
+    method: Method, case: Case, outputs: Sequence[str], device: torch.device, precision: Precision
+) -> Tensor:
+    """Class probabilities (outputs, C, x, y, z) of one volume, by sliding window.
+
+    The method is in evaluation mode meanwhile; all outputs come from one pass.
+    """
+    settings = method.settings
+
+    def predict(windows: Tensor) -> Tensor:
+        windows = windows.to(memory_format=torch.channels_last_3d)
+        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.reduced):
+            return torch.cat(method.predict(windows, tuple(outputs)), dim=1)
+
+    training = method.training
+    method.eval()
+    try:
+        stacked = sliding_window(predict, torch.from_numpy(case.image).to(device), settings.patch, settings.stride)
+    finally:
+        method.train(training)
+    return stacked.unflatten(0, (len(outputs), method.num_classes))
+
+
+def test_dice(method: Method, cases: Iterable[Case], device: torch.device, precision: Precision) -> float:
+    """Decoder 1's Dice, mean over cases and foreground classes: what the published protocol selects by."""
+    scores = []
+    for case in cases:
+        predicted = predict_case(method, case, ("decoder1",), device, precision)[0].argmax(0).cpu().numpy()
+        for c in range(1, method.num_classes):
+            ours, reference = predicted == c, case.label == c
+            size = ours.sum() + reference.sum()
+            scores.append(2 * (ours & reference).sum() / size if size else 1.0)
+    return float(np.mean(scores))
+
+
+test_dice.__test__ = False  # not one of pytest's
+
+
+def evaluate(
+    run: Run,
+    store: Store,
+    method: Method,
+    weights: dict[str, dict],
+    folder: Path,
+    distances: str,
+    device: torch.device,
+    watch: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Metrics of all test cases, and the label maps that figures show.
+
+    Args:
+        run: what was trained.
+        store: its data.
+        method: an instance to load the weights into.
+        weights: per selection ("last", "published") the content of its file.
+        folder: where metrics.csv and predictions.npz are written.
+        distances: "voxels" or "mm".
+        device: where to predict.
+        watch: called with (done, of) after each case.
+
+    Returns:
+        Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN where
+        a mask is empty.
+    """
+    rows, label_maps = [], {}
+    cases = store.ids("test")
+    for s, (selection, content) in enumerate(weights.items()):
+        method.load_state_dict(content["method"])
+        precision = Precision(content["precision"])
+        for n, case_id in enumerate(cases):
+            case = store.load(case_id)
+            probabilities = predict_case(method, case, method.outputs, device, precision)
+            for output, predicted in zip(method.outputs, probabilities.argmax(1).cpu().numpy(), strict=True):
+                if selection == "last" and output == "decoder1":
+                    label_maps[case_id] = predicted.astype(np.uint8)
+                for c, name in enumerate(store.classes[1:], start=1):
+                    measured = case_metrics(predicted == c, case.label == c, case.spacing if distances == "mm" else None)
+                    rows.append({
+                        "study": run.study, "method": run.method, "variant": run.variant, "labelled": run.labelled,
+                        "seed": run.seed, "selection": selection, "output": output, "case": case_id, "class": name, **measured,
+                    })  # fmt: skip
+            if watch:
+                watch(s * len(cases) + n + 1, len(weights) * len(cases))
+    frame = pd.DataFrame(rows)
+    with atomic(folder / PREDICTIONS) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **label_maps)
+    with atomic(folder / "metrics.csv") as partial:
+        frame.to_csv(partial, index=False, float_format="%.6g")
+    return frame

@@ -1,0 +1,57 @@
+"""What a result was made with: commit, versions, hardware. No user name, host name or absolute path."""
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "medpy", "papermill", "nbconvert")
+
+
+@cache
+def commit() -> str:
+    """The repository's commit, "+changes" appended where tracked code differs from it; "unknown" outside a repository."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../notebooks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The CPU's model name as the operating system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU: …"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {processor()}"
+
+
+def environment() -> dict[str, Any]:
+    """Commit, Python, packages and system."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except ImportError:
+            continue
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+    }

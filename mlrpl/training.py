@@ -1,0 +1,334 @@
+"""The one training loop.
+
+Randomness of iteration k depends on (seed, k) alone: the batch, and PyTorch's global generators, which are seeded anew for
+each iteration. A run that is killed anywhere and started again therefore ends with the weights of an undisturbed one, bit
+for bit on a CPU.
+
+A run's folder: checkpoint.pt (to resume from), log.csv (a row an iteration), checks.csv (the published protocol's), last.pt
+and published.pt (weights), progress.json (for whoever watches).
+"""
+
+import csv
+import io
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlrpl.config import Run
+from mlrpl.data import Batch, Batches, Store
+from mlrpl.errors import StudyError
+from mlrpl.evaluation import test_dice
+from mlrpl.files import atomic, write_json
+from mlrpl.methods import Method, Step, build
+from mlrpl.networks import count_parameters, to_channels_last
+from mlrpl.precision import Precision, choose_precision
+from mlrpl.provenance import device_name, environment
+
+LOG_COLUMNS = ("iteration", "total", "supervised", "mutual", "beta", "pseudo_foreground", "dice", "learning_rate", "seconds")
+CHECK_COLUMNS = ("iteration", "dice")
+CHECKPOINT_SECONDS = 60  # at most so much work is lost; its timing changes no result
+PROGRESS_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    iteration: int
+    iterations: int
+    loss: float
+    dice: float
+    seconds_left: float
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name; by default a GPU where there is one.
+
+    Raises:
+        StudyError: for a name that PyTorch does not know, or a GPU that is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Generator:
+    """Seed PyTorch's global generators for one iteration (0: initialisation); returns a generator for the method."""
+    state = int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(state)
+    return torch.Generator(device).manual_seed(state)
+
+
+def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
+    """"constant"; "poly": base (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations. k counts from 1."""
+    done = iteration - 1
+    factors = {"constant": 1.0, "poly": (1 - done / iterations) ** 0.9, "step": 0.1 ** (done // 2500)}
+    return base * factors[schedule]
+
+
+class Log:
+    """A CSV file that grows by rows and never holds an iteration twice: rows after the checkpoint's are cut on resuming."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], resumed_at: int) -> None:
+        self.path, self.columns = path, columns
+        self.waiting: list[dict[str, Any]] = []
+        kept = [row for row in read_log(path) if int(row["iteration"]) <= resumed_at]
+        with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def add(self, **row: Any) -> None:
+        """Keep a row until `flush`; tensors are read then, so that the device need not be waited for now."""
+        self.waiting.append(row)
+
+    def flush(self) -> None:
+        """Append the waiting rows."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        for row in self.waiting:
+            writer.writerow({name: plain(row.get(name, math.nan)) for name in self.columns})
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write(text.getvalue())
+        self.waiting.clear()
+
+
+def plain(value: Any) -> Any:
+    """A number as it is written: seven significant digits; nothing for what a method does not have."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.7g}"
+    return value
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Whole rows of a log; a last line that a kill cut short is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(lines)))
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, atomically."""
+    with atomic(path) as partial:
+        torch.save(content, partial)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """A file of `save`, by PyTorch's restricted unpickler: no code in it is run.
+
+    Raises:
+        StudyError: for a file that is damaged or holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise StudyError(f"{path.name}: not there; train the run first") from None
+    except Exception as error:
+        raise StudyError(f"{path.name}: cannot be read as weights ({type(error).__name__}); delete it and run again") from None
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, images channels-last."""
+    image = batch.image.to(memory_format=torch.channels_last_3d)
+    return Batch(image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))
+
+
+def make_batches(run: Run, store: Store, method: Method) -> Batches:
+    """The run's batches: the first `labelled` training cases are labelled, all others unlabelled.
+
+    Raises:
+        StudyError: where more labelled cases are asked than exist.
+    """
+    ids = store.ids("train")
+    with_label = sum(case["has_label"] for case in store.index["cases"] if case["split"] == "train")
+    if run.labelled > with_label:
+        raise StudyError(f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training")
+    settings = run.settings
+    labelled = [store.load(case) for case in ids[: run.labelled]]
+    if not method.uses_unlabelled:
+        return Batches(labelled, [], settings.patch, settings.augmentation, run.seed, (sum(settings.batch), 0))
+    if run.labelled == len(ids):
+        raise StudyError(f"run {run.name}: all {len(ids)} training cases are labelled, so {run.method} has none to learn from")
+    unlabelled = [store.load(case) for case in ids[run.labelled :]]
+    return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, settings.batch)
+
+
+def make_method(run: Run, store: Store, device: torch.device) -> Method:
+    """The run's method, freshly initialised from its seed, on the device, channels-last."""
+    seed_iteration(run.seed, 0, torch.device("cpu"))
+    return to_channels_last(build(run, store.channels, len(store.classes))).to(device)
+
+
+def check_cases(store: Store) -> list[str]:
+    """Where the published protocol selects: the validation cases, or the test cases where a dataset has none."""
+    return store.ids("val") or store.ids("test")
+
+
+class Trainer:
+    """One run from wherever its folder says it stands to its last iteration."""
+
+    def __init__(self, run: Run, store: Store, folder: Path, key: str, device: torch.device) -> None:
+        self.run, self.store, self.folder, self.key, self.device = run, store, folder, key, device
+        torch.set_num_threads(run.settings.threads)
+        self.method = make_method(run, store, device)
+        self.batches = make_batches(run, store, self.method)
+        self.checks = [store.load(case) for case in check_cases(store)]
+        settings = run.settings
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.method.parameters() if p.requires_grad],
+            settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        self.iteration = 0
+        self.best = -1.0
+        self.seconds = 0.0
+        self.peak_memory_mb = 0
+        self.began_with = {**environment(), "device": device_name(device)}
+        self.precision = Precision("float32")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self._resume()
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        requested = self.run.settings.precision
+        if path.exists():
+            state = load(path, self.device)
+            if state["key"] != self.key:
+                raise StudyError(f"{path.name} of run {self.run.name} belongs to other settings; delete it and run again")
+            self.precision = Precision(state["precision"], state["reason"])
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
+            self.peak_memory_mb, self.began_with = state["peak_memory_mb"], state["began_with"]
+        else:
+            volumes = sum(self.batches.sizes)
+            self.precision = choose_precision(
+                requested, self.method.network, self.run.settings.patch, volumes, self.device
+            )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
+        if path.exists():
+            self.scaler.load_state_dict(state["scaler"])
+        self.log = Log(self.folder / "log.csv", LOG_COLUMNS, self.iteration)
+        self.check_log = Log(self.folder / "checks.csv", CHECK_COLUMNS, self.iteration)
+
+    def _step(self, iteration: int) -> dict[str, Tensor]:
+        settings = self.run.settings
+        generator = seed_iteration(self.run.seed, iteration, self.device)
+        batch = to_device(self.batches(iteration), self.device)
+        step = Step(iteration, settings.iterations, generator)
+        rate = learning_rate(settings.lr_schedule, settings.learning_rate, iteration, settings.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, dtype=self.precision.dtype, enabled=self.precision.reduced):
+            terms = self.method.loss(batch, step)
+        self.scaler.scale(terms["total"]).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(step)
+        return {**{name: value.detach() for name, value in terms.items()}, "learning_rate": rate}
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "key": self.key, "iteration": self.iteration, "precision": self.precision.name, "method": self.method.state_dict(),
+        }  # fmt: skip
+
+    def _checkpoint(self) -> None:
+        """The log first: rows without a checkpoint are cut on resuming, a checkpoint without rows would leave a gap."""
+        self.log.flush()
+        self.check_log.flush()
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.device))
+        save(self.folder / "checkpoint.pt", {
+            **self._weights(), "reason": self.precision.reason, "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "best": self.best, "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb, "began_with": self.began_with,
+        })  # fmt: skip
+
+    def _check(self) -> float:
+        dice = test_dice(self.method, self.checks, self.device, self.precision)
+        self.check_log.add(iteration=self.iteration, dice=dice)
+        if dice > self.best:
+            self.best = dice
+            save(self.folder / "published.pt", self._weights())
+        return dice
+
+    def train(self, watch: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+        """Train to the end.
+
+        Args:
+            watch: called every few seconds.
+
+        Returns:
+            What provenance records: precision, parameters, seconds, peak memory, and what the run began with.
+
+        Raises:
+            StudyError: where the loss is not finite; the last good checkpoint stays.
+        """
+        iterations = self.run.settings.iterations
+        started, offset = time.monotonic(), self.seconds
+        saved = watched = started
+        first = self.iteration
+        while self.iteration < iterations:
+            terms = self._step(self.iteration + 1)
+            self.iteration += 1
+            now = time.monotonic()
+            self.seconds = offset + now - started
+            self.log.add(iteration=self.iteration, seconds=self.seconds, **terms)
+            due = now - saved > CHECKPOINT_SECONDS or self.iteration == iterations
+            if now - watched > PROGRESS_SECONDS or due or self.iteration == 1:
+                watched = now
+                self._watch(terms, first, now - started, watch)
+            if self.run.settings.is_check(self.iteration):
+                self._check()
+            if due:
+                self._checkpoint()
+                saved = time.monotonic()
+        if self.best < 0:  # a run too short for any check
+            self._check()
+            self._checkpoint()
+        save(self.folder / "last.pt", self._weights())
+        return {
+            "precision": self.precision.name,
+            "precision_reason": self.precision.reason,
+            "parameters": count_parameters(self.method),
+            "seconds": round(self.seconds, 1),
+            "peak_memory_mb": self.peak_memory_mb,
+            **self.began_with,
+        }
+
+    def _watch(self, terms: dict[str, Any], first: int, elapsed: float, watch: Callable[[Progress], None] | None) -> None:
+        loss = terms["total"].item()
+        if not math.isfinite(loss):
+            raise StudyError(
+                f"run {self.run.name}: the loss is {loss} at iteration {self.iteration}; the last checkpoint is kept; "
+                "try a lower learning_rate, or precision: float32"
+            )
+        left = elapsed / (self.iteration - first) * (self.run.settings.iterations - self.iteration)
+        dice = terms["dice"].item() if "dice" in terms else math.nan
+        progress = Progress(self.iteration, self.run.settings.iterations, loss, dice, left)
+        write_json(self.folder / "progress.json", {**progress.__dict__, "pid": os.getpid()})
+        if watch:
+            watch(progress)
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Largest memory of this process (CPU) or of PyTorch on the GPU so far, in MB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)

@@ -1,0 +1,262 @@
+"""Pages stand alone, say what they are given, and work in a browser without a network."""
+
+import re
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+from nbformat import v4
+
+from mlrpl.errors import StudyError
+from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
+
+WIDE = pd.DataFrame([[f"{10 * row + column:.3f}" for column in range(14)] for row in range(3)])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    figure, axes = plt.subplots(figsize=(12, 3))
+    axes.plot([0, 1])
+    for kind in ("svg", "png"):
+        figure.savefig(tmp_path / f"curve.{kind}")
+    plt.close(figure)
+    return tmp_path / "curve.svg"
+
+
+@pytest.fixture
+def index(tmp_path, picture):
+    """A study's page with one of everything; tables and figures wider than a phone."""
+    table = pd.DataFrame(
+        {
+            "Case": ["case-2", "case-10", "case-1", "case-3"],
+            "Dice (%)": ["9.50 ± 0.10", "—", "81.25", "70.31 ± 1.20"],
+            "95HD (mm)": [12.0, 6.914, float("nan"), 3.0],
+            "Change": ["−2.5", "1.0", "-10.25", "0"],
+            "Cells": [1234, 5, 60, 700],
+        }
+    )
+    runs = pd.DataFrame({"Run": [Link("mlrpl-4-s0", "runs/mlrpl-4-s0.html")], "Key": ["0" * 200]})
+    write_index(
+        tmp_path / "phantom" / "index.html",
+        title="Phantom <tour>",
+        lead="A *lead* with <b>angles</b>.",
+        sections=[
+            Section("Results & more", "Mean ± sd, **bold**.", table=table, caption="Test cases."),
+            Section("Learning", figures=[Picture(picture, "Curves."), Picture(picture.with_suffix(".png"))]),
+            Section("Runs", "| a | b |\n|---|---|\n| 1 | 2 |", table=runs, links=[Link("Training", "train.html")]),
+        ],
+        provenance={"commit": "c0ffee", "versions": {"torch": "2"}, "adopted": False, "cuda": None, "jobs": [1, 2]},
+        home="../index.html",
+    )
+    return tmp_path / "phantom" / "index.html"
+
+
+@pytest.fixture
+def page(tmp_path):
+    """An executed notebook as a page."""
+    stream, display = v4.new_output, v4.new_output
+    styled = WIDE.to_html()
+    cells = [
+        v4.new_markdown_cell("# Training\n\nOne *run* of <i>several</i>."),
+        v4.new_code_cell("iterations = 800", metadata={"tags": ["injected-parameters"]}),
+        v4.new_code_cell(
+            "a_rather_long_name = " + " + ".join(f"number_{i}" for i in range(40)),
+            outputs=[
+                stream("stream", name="stderr", text="progress: noise"),
+                stream("stream", name="stdout", text=" 1%\r50%\rdone\nloss < 0.3\n"),
+                display(
+                    "display_data",
+                    data={"application/vnd.jupyter.widget-view+json": {"model_id": "m"}, "text/plain": "bar 3/3"},
+                ),
+                display("execute_result", data={"text/plain": "'<script>window.injected = 1</script>'"}),
+            ],
+        ),
+        v4.new_code_cell("frame", outputs=[display("execute_result", data={"text/html": styled, "text/plain": "no"})]),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "train.ipynb")
+    notebook_to_html(tmp_path / "train.ipynb", tmp_path / "pages" / "train.html", "Train <s0>", "../index.html")
+    return tmp_path / "pages" / "train.html"
+
+
+@pytest.fixture
+def overview(tmp_path):
+    entries = [Entry("Phantom", "phantom/index.html", "Volumes **drawn** from a seed."), Entry("LA", "la/index.html")]
+    write_home(tmp_path / "index.html", title="All studies", lead="What was measured.", entries=entries)
+    return tmp_path / "index.html"
+
+
+def test_index_says_what_it_was_given_and_escapes_it(index):
+    html = index.read_text(encoding="utf-8")
+    assert "<title>Phantom &lt;tour&gt;</title>" in html
+    assert "A <em>lead</em> with &lt;b&gt;angles&lt;/b&gt;." in html
+    assert '<a href="#results-more">Results &amp; more</a>' in html
+    assert "<td>6.91</td>" in html
+    assert "<td>12.00</td>" in html
+    assert "<td>1234</td>" in html
+    assert html.count("<td>—</td>") == 3  # text, a missing distance, and in the provenance
+    assert '<td><a href="runs/mlrpl-4-s0.html">mlrpl-4-s0</a></td>' in html
+    facts = {"commit": "c0ffee", "versions.torch": "2", "adopted": "no", "cuda": "—", "jobs": "1, 2"}
+    for name, value in facts.items():
+        assert f'<th scope="row">{name}</th><td>{value}</td>' in html
+    assert '<a href="../index.html">← All studies</a>' in html
+    assert "For research, not for diagnosis" in html
+
+
+def test_notebook_page_leaves_out_noise_and_folds_code(page):
+    html = page.read_text(encoding="utf-8")
+    assert "noise" not in html
+    assert "bar 3/3" not in html
+    assert "50%" not in html
+    assert "done\nloss &lt; 0.3" in html
+    assert "&lt;script&gt;window.injected" in html
+    assert "<title>Train &lt;s0&gt;</title>" in html
+    assert '<a href="../index.html">← Study</a>' in html
+    assert html.count('<details class="code">') == 3
+    assert "<summary>Parameters</summary>" in html
+    assert "For research, not for diagnosis" in html
+
+
+def test_overview_links_the_studies(overview):
+    html = overview.read_text(encoding="utf-8")
+    assert '<a href="phantom/index.html">Phantom</a>' in html
+    assert "Volumes <strong>drawn</strong> from a seed." in html
+
+
+@pytest.mark.parametrize("kind", ["index", "page", "overview"])
+def test_pages_refer_to_nothing_outside(kind, request):
+    html = request.getfixturevalue(kind).read_text(encoding="utf-8")
+    assert re.findall(r'<(?:script|link|iframe)[^>]*(?:src|href)=', html) == []
+    pictures = re.findall(r'<img[^>]*src="([^"]*)', html)
+    assert [source[:20] for source in pictures if not source.startswith("data:")] == []
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_same_input_same_bytes(index, page, tmp_path):
+    before = page.read_bytes()
+    notebook_to_html(tmp_path / "train.ipynb", page, "Train <s0>", "../index.html")
+    assert page.read_bytes() == before
+
+
+def test_failing_cell_shows_its_error(tmp_path):
+    error = v4.new_output("error", ename="E", evalue="bad", traceback=["\x1b[31mE\x1b[0m: a < b"])
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("1/0", outputs=[error])]), tmp_path / "n.ipynb")
+    notebook_to_html(tmp_path / "n.ipynb", tmp_path / "n.html", "Failed", "index.html")
+    html = (tmp_path / "n.html").read_text(encoding="utf-8")
+    assert re.search(r'class="error">\s*<span class="ansi-red-fg">E</span>: a &lt; b', html)
+
+
+def test_bad_input_leaves_the_old_page(tmp_path, overview):
+    old = overview.read_bytes()
+    (tmp_path / "broken.ipynb").write_text("{ not a notebook")
+    (tmp_path / "text.txt").write_text("no picture")
+    for notebook, message in (("broken.ipynb", "not a notebook"), ("missing.ipynb", "cannot be read")):
+        with pytest.raises(StudyError, match=message):
+            notebook_to_html(tmp_path / notebook, overview, "t", "index.html")
+    for name, message in (("missing.png", "cannot be read"), ("text.txt", "only .svg and .png")):
+        section = Section("S", figures=[Picture(tmp_path / name)])
+        with pytest.raises(StudyError, match=message):
+            write_index(overview, title="t", lead="", sections=[section], provenance={})
+    assert overview.read_bytes() == old
+
+
+def test_unwritable_destination_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "page").mkdir()  # a folder stands where the page should go
+    with pytest.raises(StudyError, match="cannot be written"):
+        write_home(tmp_path / "page", title="t", lead="", entries=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+# In a real browser, whose every connection fails
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("kind", ["index", "page", "overview"])
+def test_page_fits_and_loads_without_a_network(kind, width, request, browser):
+    browser.open(request.getfixturevalue(kind), width=width, mobile=width < 500)
+    assert browser.problems == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert browser.evaluate("window.injected") is None
+    hanging = "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, details'))"
+    assert browser.evaluate(f"{hanging}.every(e => e.getBoundingClientRect().right <= innerWidth)")
+    if kind == "page":  # unfolded code scrolls in its own box
+        browser.click("#all-code")
+        assert browser.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_network_really_is_cut(tmp_path, browser):
+    """What the tests above look for is seen when it is there."""
+    (tmp_path / "bad.html").write_text('<img src="https://example.org/a.png"><script>console.error("x"); no()</script>')
+    browser.open(tmp_path / "bad.html")
+    browser.evaluate("new Promise(done => setTimeout(done, 200))")
+    text = "\n".join(browser.problems)
+    for seen in ("asks for https://example.org/a.png", "Uncaught", "'value': 'x'"):
+        assert seen in text
+
+
+def column(browser, number: int, table: int = 0) -> list[str]:
+    return browser.evaluate(
+        f"[...document.querySelectorAll('table.data, table.dataframe')[{table}].tBodies[0].rows]"
+        f".map(row => row.cells[{number}].textContent)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "ascending", "descending"),
+    [
+        (0, ["case-1", "case-2", "case-3", "case-10"], ["case-10", "case-3", "case-2", "case-1"]),
+        (1, ["9.50 ± 0.10", "70.31 ± 1.20", "81.25", "—"], ["81.25", "70.31 ± 1.20", "9.50 ± 0.10", "—"]),
+        (2, ["3.00", "6.91", "12.00", "—"], ["12.00", "6.91", "3.00", "—"]),
+        (3, ["-10.25", "−2.5", "0", "1.0"], ["1.0", "0", "−2.5", "-10.25"]),
+        (4, ["5", "60", "700", "1234"], ["1234", "700", "60", "5"]),
+    ],
+)
+def test_table_sorts_on_click(number, ascending, descending, index, browser):
+    browser.open(index)
+    head = f"table.data th:nth-child({number + 1})"
+    browser.click(head)
+    assert column(browser, number) == ascending
+    assert browser.evaluate(f"document.querySelector('{head}').ariaSort") == "ascending"
+    browser.click(head)
+    assert column(browser, number) == descending
+    browser.click("table.data th:nth-child(1)")
+    assert browser.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+
+
+def test_numbers_stand_to_the_right_and_names_to_the_left(index, browser):
+    browser.open(index)
+    align = "getComputedStyle(document.querySelector('table.data').tBodies[0].rows[0].cells[{}]).textAlign"
+    assert [browser.evaluate(align.format(number)) for number in range(5)] == ["left", *["right"] * 4]
+
+
+def test_notebook_tables_sort_too(page, browser):
+    browser.open(page)
+    head = "table.dataframe th:nth-child(2)"
+    browser.click(head)
+    browser.click(head)
+    assert column(browser, 1) == ["20.000", "10.000", "0.000"]
+
+
+def test_code_unfolds_by_cell_and_all_at_once(page, browser):
+    browser.open(page)
+    visible = "[...document.querySelectorAll('details.code .highlight')].map(e => e.checkVisibility())"
+    label = "document.getElementById('all-code').textContent"
+    assert browser.evaluate(visible) == [False, False, False]
+    browser.click("details.code summary")
+    assert browser.evaluate(visible) == [True, False, False]
+    browser.click("#all-code")
+    assert browser.evaluate(visible) == [True, True, True]
+    assert browser.evaluate(label) == "Hide all code"
+    browser.click("#all-code")
+    assert browser.evaluate(visible) == [False, False, False]
+    assert browser.evaluate(label) == "Show all code"
+
+
+def test_provenance_is_folded(index, browser):
+    browser.open(index)
+    shown = "document.querySelector('.provenance table').checkVisibility()"
+    assert not browser.evaluate(shown)
+    browser.click(".provenance summary")
+    assert browser.evaluate(shown)
