@@ -159,7 +159,7 @@ def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     quantities = {
         "supervised": ("Supervised loss", 1),
         "mutual": ("Mutual loss", 1),
-        "pseudo_foreground": ("Foreground of pseudo-labels (%)", 100),
+        "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
         "dice": ("Dice of training\nbatch (%)", 100),
     }
     quantities = {name: q for name, q in quantities.items() if curves[name].notna().any()}
@@ -280,12 +280,13 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
     titles = list(views[0].predictions)
     slices = [int((view.reference > 0).sum(axis=(0, 1)).argmax()) for view in views]
     boxes = [_box_around(view, z) for view, z in zip(views, slices, strict=True)]
-    window = np.max([high - low for low, high in boxes], axis=0)
+    sizes = [np.multiply(view.image.shape[:2], view.spacing[:2]) for view in views]
+    window = np.minimum(np.max([high - low for low, high in boxes], axis=0), np.max(sizes, axis=0))
     figure, grid, panel = _image_grid([window[1] / window[0]] * len(views), len(titles))
     weight = min(1, 0.3 + panel / 2)  # of lines and letters in small panels
-    for axes, view, z, (low, high) in zip(grid, views, slices, boxes, strict=True):
-        size = np.multiply(view.image.shape[:2], view.spacing[:2])
-        centre = np.clip((low + high) / 2, np.minimum(window, size) / 2, size - np.minimum(window, size) / 2)
+    for axes, view, z, (low, high), size in zip(grid, views, slices, boxes, sizes, strict=True):
+        half = np.minimum(window, size) / 2
+        centre = np.clip((low + high) / 2, half, size - half)
         limits = np.percentile(view.image, (1, 99.5))
         for ax, title in zip(axes, titles, strict=True):
             _show(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)

@@ -150,24 +150,31 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))
 
 
-def make_batches(run: Run, store: Store, method: Method) -> Batches:
-    """The run's batches: the first `labelled` training cases are labelled, all others unlabelled.
+def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[str], list[str]]:
+    """Ids of the labelled and the unlabelled cases: the first `labelled` of the training list, and all others.
 
     Raises:
-        StudyError: where more labelled cases are asked than exist.
+        StudyError: where more labelled cases are asked than exist, or none is left to learn from without label.
     """
     ids = store.ids("train")
     with_label = sum(case["has_label"] for case in store.index["cases"] if case["split"] == "train")
     if run.labelled > with_label:
         raise StudyError(f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training")
-    settings = run.settings
-    labelled = [store.load(case) for case in ids[: run.labelled]]
-    if not method.uses_unlabelled:
-        return Batches(labelled, [], settings.patch, settings.augmentation, run.seed, (sum(settings.batch), 0))
+    if not uses_unlabelled:
+        return ids[: run.labelled], []
     if run.labelled == len(ids):
         raise StudyError(f"run {run.name}: all {len(ids)} training cases are labelled, so {run.method} has none to learn from")
-    unlabelled = [store.load(case) for case in ids[run.labelled :]]
-    return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, settings.batch)
+    return ids[: run.labelled], ids[run.labelled :]
+
+
+def make_batches(run: Run, store: Store, method: Method) -> Batches:
+    """The run's batches, its cases read into memory."""
+    labelled, unlabelled = (
+        [store.load(case) for case in ids] for ids in split_training(run, store, method.uses_unlabelled)
+    )
+    settings = run.settings
+    sizes = settings.batch if method.uses_unlabelled else (sum(settings.batch), 0)
+    return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, sizes)
 
 
 def make_method(run: Run, store: Store, device: torch.device) -> Method:

@@ -247,6 +247,15 @@ def test_contours_window_holds_every_contour_at_one_scale():
     assert len(spans) == 1
 
 
+def test_contours_window_is_no_larger_than_the_largest_image():
+    full = np.ones((30, 20, 4), np.uint8)
+    ax = contours([view(full, {"MLRPL": full}), view(full[:20], {"MLRPL": full[:20]})], ["background", "atrium"]).axes[
+        0
+    ]
+    assert ax.get_xlim() == (0, 30)
+    assert ax.get_ylim() == (20, 0)
+
+
 def test_contours_of_several_classes_and_of_an_empty_prediction():
     reference = blob(1)
     reference[:15] *= 2

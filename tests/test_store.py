@@ -91,6 +91,15 @@ def test_changed_settings_or_a_damaged_store_are_prepared_again(tmp_path):
     assert visible(tmp_path) == ["store"]
 
 
+def test_a_source_that_draws_other_cases_is_prepared_again(tmp_path, monkeypatch):
+    prepare(dataset(), None, tmp_path / "store")
+    monkeypatch.setattr(Phantom, "version", Phantom.version + 1)
+    drawn, read = [], Phantom.read
+    monkeypatch.setattr(Phantom, "read", lambda self, entry: drawn.append(entry.id) or read(self, entry))
+    prepare(dataset(), None, tmp_path / "store")
+    assert len(drawn) == 5
+
+
 KILLED = """
 import os, sys
 from types import SimpleNamespace

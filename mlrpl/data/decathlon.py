@@ -35,6 +35,7 @@ class Decathlon:
     """Source `decathlon`: any number of classes and channels."""
 
     Options: ClassVar = DecathlonOptions
+    version: ClassVar = 1
     needs_folder: ClassVar = True
     real_spacing = True
 

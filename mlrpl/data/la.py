@@ -29,6 +29,7 @@ class LeftAtrium:
     """Source `la`: one channel, background and left atrium."""
 
     Options: ClassVar = LeftAtriumOptions
+    version: ClassVar = 1
     needs_folder: ClassVar = True
     classes = ("background", "left atrium")
     channels = 1

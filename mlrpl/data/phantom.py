@@ -39,6 +39,7 @@ class Phantom:
     """Source `phantom`: needs no folder."""
 
     Options: ClassVar = PhantomOptions
+    version: ClassVar = 1
     needs_folder: ClassVar = False
     classes = ("background", "atrium")
     channels = 1

@@ -41,8 +41,8 @@ def prepare(dataset: "Dataset", source: Path | None, folder: Path,
         raise StudyError(f"dataset {dataset.name}: unknown source '{dataset.source}'; known: {', '.join(SOURCES)}")
     kind = SOURCES[dataset.source]
     options = parse_options(kind, dataset.source, dataset.options)
-    settings = {"name": dataset.name, "source": dataset.source, "options": options.model_dump(mode="json"),
-                "step": dataset.step}
+    settings = {"name": dataset.name, "source": dataset.source, "version": kind.version,
+                "options": options.model_dump(mode="json"), "step": dataset.step}
     folder, root = Path(folder), None
     if kind.needs_folder:
         if source is None:

@@ -47,6 +47,7 @@ class Source(Protocol):
     """A dataset in the form that people hold it; raises StudyError for whatever it cannot use."""
 
     Options: ClassVar[type[Options]]
+    version: ClassVar[int]  # raise when the source makes other cases of the same input: they are prepared again
     needs_folder: ClassVar[bool]  # False: the source makes its cases itself
     classes: tuple[str, ...]  # background first
     channels: int
