@@ -3,7 +3,7 @@
 Folders, relative to where the command is typed:
 
     runs/stores/<dataset>-<hash>/                     case stores, shared by studies
-    runs/<study>/<method>-<labelled>-s<seed>-<key>/   all that one run makes; provenance.json says what is finished
+    runs/<study>/<variant>-<labelled>-s<seed>-<key>/  all that one run makes; provenance.json says what is finished
     results/<study>/                                  rows, tables, figures and pages, to be committed
 
 A run is executed by a process of its own (`mlrpl run`), which executes two notebooks with papermill, 02-train and
@@ -110,14 +110,16 @@ class Workplace:
         Raises:
             StudyError: for an unknown method or option, or more labelled cases than there are.
         """
-        jobs = []
+        jobs: list[Job] = []
+        folders: dict[str, Path] = {}
         for run in self.study.runs():
             method = find_method(run.method)
             build(run, self.store.channels, len(self.store.classes))
             split_training(run, self.store, method.uses_unlabelled)
             key = run.key(self.store.fingerprint, method.result_version, method.options())
-            name = run.method.rpartition(":")[2].lower()
-            folder = self.runs / f"{name}-{run.labelled}-s{run.seed}-{key[:8]}"
+            # One key, one folder: runs that coincide share it, whatever the first of them was called.
+            folder = folders.get(key) or next(self.runs.glob(f"*-{key[:8]}"), self.runs / f"{run.name}-{key[:8]}")
+            folders[key] = folder
             jobs.append(Job(run, key, folder, self.study.distances))
         return jobs
 

@@ -5,11 +5,14 @@ dice, jaccard, hd95, asd`` (fractions; voxels or mm). ``runs`` has a row a run: 
 labelled, seed, …``. Titles are printed in the order in which ``runs`` brings them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
+from mlrpl.data import Store
 from mlrpl.errors import StudyError
+from mlrpl.files import atomic
 
 RUN = ["study", "method", "variant", "labelled", "seed"]
 ROW = [*RUN, "selection", "output", "case", "class"]
@@ -151,6 +154,21 @@ def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().astype({"title": str, "output": str})
 
 
+def formatted_optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """:func:`optimism` as text, for a page."""
+    table = optimism(metrics, runs)
+    return pd.DataFrame(
+        {
+            "Labelled": table["labelled"].astype(str),
+            "Method": table["title"],
+            "Output": table["output"].map(OUTPUTS),
+            "Last": table["last"].map(_number),
+            "Published": table["published"].map(_number),
+            "Difference": [_mean_and_sd(m, d) for m, d in zip(table["optimism"], table["optimism_sd"], strict=True)],
+        }
+    )
+
+
 def difference(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     """How far new metrics are from old ones.
 
@@ -186,6 +204,55 @@ def to_markdown(table: pd.DataFrame) -> str:
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
     header, *body = zip(*columns, strict=True)
     return "\n".join([line(header), line(rule), *map(line, body)]) + "\n"
+
+
+def every_case(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One run's test cases as text: final weights, decoder 1."""
+    rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
+    percent = {name: (rows[name] * 100).map(_number) for name in ("dice", "jaccard")}
+    distances = {name: rows[name].map(_number) for name in ("hd95", "asd")}
+    return rows[["case", "class"]].assign(**percent, **distances).reset_index(drop=True)
+
+
+def data_summary(store: Store) -> pd.DataFrame:
+    """A row a split: cases, cases with a label, range of sizes in voxels, range of spacings in mm."""
+    rows = []
+    for split in ("train", "val", "test"):
+        cases = [case for case in store.index["cases"] if case["split"] == split]
+        if not cases:
+            continue
+        shapes, spacings = ([case[name] for case in cases] for name in ("shape", "spacing"))
+        rows.append({
+            "Split": split, "Cases": len(cases), "With label": sum(case["has_label"] for case in cases),
+            "Size (voxels)": _range(shapes, "{:.0f}"),
+            "Spacing (mm)": _range(spacings, "{:.2f}") if store.real_spacing else "unknown",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def facts(values: Mapping[str, object]) -> pd.DataFrame:
+    """Settings or provenance, nested ones by dotted names, one a row."""
+    rows: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name}.{inner}": str(v) for inner, v in value.items()}
+        elif value not in ("", None):
+            rows[name] = str(value)
+    return pd.DataFrame({"Setting": list(rows), "Value": list(rows.values())})
+
+
+def _range(triples: Sequence[Sequence[float]], form: str) -> str:
+    """Smallest … largest, by axis."""
+    ranges = [(form.format(min(axis)), form.format(max(axis))) for axis in zip(*triples, strict=True)]
+    return " × ".join(low if low == high else f"{low}–{high}" for low, high in ranges)
+
+
+def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
+    """Write `<name>.csv` and `<name>.md`."""
+    folder = Path(folder)
+    for ending, text in ((".csv", table.to_csv(index=False)), (".md", to_markdown(table) + "\n")):
+        with atomic(folder / f"{name}{ending}") as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _number(value: float) -> str:

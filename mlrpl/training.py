@@ -14,7 +14,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mlrpl.config import Run
 from mlrpl.data import Batch, Batches, Store
@@ -332,6 +334,18 @@ class Trainer:
         write_json(self.folder / "progress.json", {**progress.__dict__, "pid": os.getpid()})
         if watch:
             watch(progress)
+
+
+@contextmanager
+def progress_bar(run: Run) -> Iterator[Callable[[Progress], None]]:
+    """A bar with loss, Dice of the training batch and time left, for `Trainer.train`'s `watch`."""
+    with tqdm(total=run.settings.iterations, desc=run.name, unit="it") as bar:
+
+        def watch(progress: Progress) -> None:
+            bar.n = progress.iteration
+            bar.set_postfix(loss=f"{progress.loss:.3f}", dice=f"{progress.dice:.2f}")
+
+        yield watch
 
 
 def peak_memory_mb(device: torch.device) -> int:
