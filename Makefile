@@ -32,7 +32,7 @@ help:  ## this list
 	@echo "  DATA=          folder of the study's data set; phantom needs none"
 	@echo "  JOBS=2         runs at a time (results do not depend on it)"
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
-	@echo "  ONLY=          only the runs with this text in their name"
+	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
 	@echo "  ADOPT=1        take committed results with the same key as finished"
 	@echo "  WORKERS=2      test processes at a time"
 	@echo "  PYTHON=python3 interpreter that .venv is made with, 3.11 or newer"

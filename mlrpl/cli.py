@@ -26,13 +26,24 @@ def reproduce(
     device: Device = None,
     only: Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")] = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in each run's folder.")] = False,
     runs: Runs = "runs",
     results: Annotated[str, typer.Option(help="Folder of results.")] = "results",
 ) -> None:
     """Run a study and write its report; what is finished and unchanged is skipped."""
     from mlrpl.reproduce import reproduce as run_study
 
-    failures = run_study(study, data=data, jobs=jobs, device=device, only=only, adopt=adopt, runs=runs, results=results)
+    failures = run_study(
+        study,
+        data=data,
+        jobs=jobs,
+        device=device,
+        only=only,
+        adopt=adopt,
+        tensorboard=tensorboard,
+        runs=runs,
+        results=results,
+    )
     if failures:
         raise typer.Exit(1)
 
@@ -48,13 +59,20 @@ def studies() -> None:
 
 
 @app.command(hidden=True)
-def run(study: str, name: str, runs: Runs = "runs", device: Device = None, parent: int | None = None) -> None:
+def run(
+    study: str,
+    name: str,
+    runs: Runs = "runs",
+    device: Device = None,
+    tensorboard: bool = False,
+    parent: int | None = None,
+) -> None:
     """Execute one run's notebooks; `reproduce` starts this."""
     if parent:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from mlrpl.study import Workplace, execute_run
 
-    execute_run(Workplace(study, runs), name, device)
+    execute_run(Workplace(study, runs), name, device, tensorboard)
 
 
 def _end_with(parent: int) -> None:

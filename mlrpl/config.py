@@ -196,9 +196,15 @@ class Study(Model):
                 )
                 for labelled in entry.labelled:
                     yield Run(
-                        study=self.name, variant=entry.variant, method=entry.method, title=entry.title,
-                        labelled=labelled, seed=seed, settings=settings, options=entry.options,
-                    )  # fmt: skip
+                        study=self.name,
+                        variant=entry.variant,
+                        method=entry.method,
+                        title=entry.title,
+                        labelled=labelled,
+                        seed=seed,
+                        settings=settings,
+                        options=entry.options,
+                    )
 
 
 def _validated(model: type[M], content: Any, where: str) -> M:
@@ -228,7 +234,9 @@ def load_study(name: str) -> Study:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else _packaged() / f"{name}.yaml"
     if not file.is_file():
-        raise StudyError(f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file")
+        raise StudyError(
+            f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
+        )
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

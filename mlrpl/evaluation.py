@@ -96,11 +96,23 @@ def evaluate(
                 if selection == "last" and output == "decoder1":
                     label_maps[case_id] = predicted.astype(np.uint8)
                 for c, name in enumerate(store.classes[1:], start=1):
-                    measured = case_metrics(predicted == c, case.label == c, case.spacing if distances == "mm" else None)
-                    rows.append({
-                        "study": run.study, "method": run.method, "variant": run.variant, "labelled": run.labelled,
-                        "seed": run.seed, "selection": selection, "output": output, "case": case_id, "class": name, **measured,
-                    })  # fmt: skip
+                    measured = case_metrics(
+                        predicted == c, case.label == c, case.spacing if distances == "mm" else None
+                    )
+                    rows.append(
+                        {
+                            "study": run.study,
+                            "method": run.method,
+                            "variant": run.variant,
+                            "labelled": run.labelled,
+                            "seed": run.seed,
+                            "selection": selection,
+                            "output": output,
+                            "case": case_id,
+                            "class": name,
+                            **measured,
+                        }
+                    )
             if watch:
                 watch(s * len(cases) + n + 1, len(weights) * len(cases))
     frame = pd.DataFrame(rows)

@@ -15,7 +15,7 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def hard_labels(scores: Tensor) -> Tensor:
-    """argmax over the classes, (N, C, x, y, z) -> (N, x, y, z), the first of equal ones.
+    """Argmax over the classes, (N, C, x, y, z) -> (N, x, y, z), the first of equal ones.
 
     Class by class, since torch.argmax over a short strided dimension is many times slower on a CPU.
     """

@@ -45,7 +45,9 @@ def fastest(device: torch.device) -> str:
     return "float32"
 
 
-def choose_precision(requested: str, network: VNet, patch: Sequence[int], volumes: int, device: torch.device) -> Precision:
+def choose_precision(
+    requested: str, network: VNet, patch: Sequence[int], volumes: int, device: torch.device
+) -> Precision:
     """The precision to train in.
 
     Args:
@@ -69,7 +71,8 @@ def choose_precision(requested: str, network: VNet, patch: Sequence[int], volume
     error = f"off by {worst:.1%}" if worst < float("inf") else "not finite"
     size = "×".join(map(str, patch))
     return Precision(
-        "float32", f"training in float32: with patch {size}, {name} gradients of a convolution ({where}) are {error} here"
+        "float32",
+        f"training in float32: with patch {size}, {name} gradients of a convolution ({where}) are {error} here",
     )
 
 

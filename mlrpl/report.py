@@ -21,6 +21,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from mlrpl.errors import StudyError
+from mlrpl.files import atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -85,7 +86,8 @@ def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -
         home: Link back to the study's index, relative to the page.
 
     Raises:
-        StudyError: The notebook cannot be read or the page cannot be written.
+        StudyError: The notebook cannot be read.
+        OSError: The page cannot be written.
     """
     try:
         cells = nbformat.read(notebook, as_version=4)
@@ -118,7 +120,8 @@ def write_index(
         home: Link to the page over all studies, relative to this one.
 
     Raises:
-        StudyError: A picture cannot be read or the page cannot be written.
+        StudyError: A picture cannot be read.
+        OSError: The page cannot be written.
     """
     facts = [(name, _provenance_text(value)) for name, value in _flat(provenance)]
     _write(destination, "index.html.j2", title=title, home=home, lead=lead, sections=sections, provenance=facts)
@@ -128,23 +131,15 @@ def write_home(destination: Path, *, title: str, lead: str, entries: Sequence[En
     """Write the page over all studies; arguments as for :func:`write_index`.
 
     Raises:
-        StudyError: The page cannot be written.
+        OSError: The page cannot be written.
     """
     _write(destination, "home.html.j2", title=title, home=None, lead=lead, entries=entries)
 
 
 def _write(destination: Path, template: str, **values: object) -> None:
     page = _environment().get_template(template).render(**values)
-    partial = destination.with_name(f".{destination.name}.partial")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(destination)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StudyError(f"{destination}: cannot be written ({error.strerror}); make room or allow writing") from error
+    with atomic(destination) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 @cache

@@ -2,24 +2,35 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlrpl import tables
 from mlrpl.errors import StudyError
+from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
 from mlrpl.files import atomic, read_json, write_json
 from mlrpl.provenance import environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.results import Results, collect
-from mlrpl.study import NOTEBOOKS, PACKAGE, Job, Workplace, execute, notebook_parameters, pending, remove_temporary, run_all
+from mlrpl.study import (
+    NOTEBOOKS,
+    PACKAGE,
+    Job,
+    Workplace,
+    execute,
+    notebook_parameters,
+    pending,
+    remove_temporary,
+    run_all,
+)
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
 
@@ -32,6 +43,7 @@ def reproduce(
     device: str | None = None,
     only: str | None = None,
     adopt: bool = False,
+    tensorboard: bool = False,
     runs: str = "runs",
     results: str = "results",
 ) -> dict[str, str]:
@@ -44,6 +56,7 @@ def reproduce(
         device: "cpu", "cuda", …; default a GPU where there is one.
         only: see `mlrpl.study.pending`.
         adopt: take committed rows whose key matches as finished.
+        tensorboard: also log for TensorBoard.
         runs: folder of runs.
         results: folder of results.
 
@@ -58,13 +71,19 @@ def reproduce(
     _check_writable(place)
     try:
         with FileLock(place.runs / ".lock", timeout=0):
-            return _reproduce(place, jobs, device, only, adopt, started)
+            return _reproduce(place, jobs, device, only, adopt, tensorboard, started)
     except Timeout:
         raise StudyError(f"study {place.study.name}: another process is reproducing it in {place.root}/") from None
 
 
 def _reproduce(
-    place: Workplace, at_once: int, device: str | None, only: str | None, adopt: bool, started: float
+    place: Workplace,
+    at_once: int,
+    device: str | None,
+    only: str | None,
+    adopt: bool,
+    tensorboard: bool,
+    started: float,
 ) -> dict[str, str]:
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
     remove_temporary(place.runs)
@@ -83,9 +102,11 @@ def _reproduce(
     if adopted_names:
         print(f"  adopted from {place.results}/: {', '.join(adopted_names)}")
     if not (place.runs / "01-data.ipynb").exists() or read_json(place.runs / "data.json") != _data_key(place):
-        execute("01-data", place.runs / "01-data.ipynb", **notebook_parameters(place, RESULTS=str(place.results.parent)))
+        execute(
+            "01-data", place.runs / "01-data.ipynb", **notebook_parameters(place, RESULTS=str(place.results.parent))
+        )
         write_json(place.runs / "data.json", _data_key(place))
-    failures = run_all(place, todo, at_once, device)
+    failures = run_all(place, todo, at_once, device, tensorboard)
     found = collect(place.jobs, committed, adopt)
     if not len(found):
         _summary(place, failures)
@@ -156,7 +177,9 @@ def _source(*files: Path) -> list[str]:
 
 
 def _data_key(place: Workplace) -> dict[str, str]:
-    return {"key": _hash([place.store.fingerprint, place.study.dataset.model_dump(), _source(NOTEBOOKS / "01-data.ipynb")])}
+    return {
+        "key": _hash([place.store.fingerprint, place.study.dataset.model_dump(), _source(NOTEBOOKS / "01-data.ipynb")])
+    }
 
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:
@@ -179,8 +202,12 @@ def _report(place: Workplace, found: Results) -> None:
     for job in representative(place.jobs):
         for notebook, what in STAGE_PAGES.items():
             if (executed := job.folder / f"{notebook}.ipynb").exists():
-                notebook_to_html(executed, page(folder, job, notebook), f"{job.run.title}, {job.run.labelled} labelled: {what}",
-                                 "../index.html")  # fmt: skip
+                notebook_to_html(
+                    executed,
+                    page(folder, job, notebook),
+                    f"{job.run.title}, {job.run.labelled} labelled: {what}",
+                    "../index.html",
+                )
     provenance = {
         "study": place.study.name,
         "data": {name: place.store.index[name] for name in ("name", "licence", "citation", "fingerprint", "split")},
@@ -194,7 +221,11 @@ def _report(place: Workplace, found: Results) -> None:
 
 def _described(job: Job) -> dict[str, Any]:
     """A run's stages as provenance.json has them, without their keys."""
-    return {stage: {k: v for k, v in facts.items() if k != "key"} for stage, facts in job.provenance.items() if stage != "run"}
+    return {
+        stage: {k: v for k, v in facts.items() if k != "key"}
+        for stage, facts in job.provenance.items()
+        if stage != "run"
+    }
 
 
 def representative(jobs: Sequence[Job]) -> list[Job]:
@@ -222,28 +253,54 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             "deviation over seeds where there are several. A distance is undefined where a method finds nothing; such cases "
             "count as Dice 0 and are left out of the distances.",
             table=tables.formatted(comparison, study.distances),
-            figures=_pictures(folder, {
-                "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
-            }),
+            figures=_pictures(
+                folder,
+                {
+                    "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
+                },
+            ),
         ),
-        Section("What the published selection adds", table=tables.formatted_optimism(found.metrics, found.runs),
-                text="Points of Dice by which choosing the weights on the test cases exceeds the final weights."),
-        Section("Learning", figures=_pictures(folder, {
-            "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
-            "and a pseudo-labelled foreground that fall together towards zero.",
-            "checks": "The published protocol's checks on the test cases.",
-        })),
-        Section("Cases", text=place.store.licence, figures=_pictures(folder, {
-            "contours": "Test cases that MLRPL segments best, in the middle and worst. Final weights, decoder 1.",
-        })),
-        Section("Notebooks", text="Every figure above comes from these, executed as they are; code unfolds with a click.",
-                links=[Link("Data", "01-data.html"), Link("Comparison", "04-compare.html")],
-                table=_run_table(place, found)),
-    ]  # fmt: skip
+        Section(
+            "What the published selection adds",
+            table=tables.formatted_optimism(found.metrics, found.runs),
+            text="Points of Dice by which choosing the weights on the test cases exceeds the final weights.",
+        ),
+        Section(
+            "Learning",
+            figures=_pictures(
+                folder,
+                {
+                    "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
+                    "and a pseudo-labelled foreground that fall together towards zero.",
+                    "checks": "The published protocol's checks on the test cases.",
+                },
+            ),
+        ),
+        Section(
+            "Cases",
+            text=place.store.licence,
+            figures=_pictures(
+                folder,
+                {
+                    "contours": "Test cases that MLRPL segments best, in the middle and worst. Final weights, decoder 1.",
+                },
+            ),
+        ),
+        Section(
+            "Notebooks",
+            text="Every figure above comes from these, executed as they are; code unfolds with a click.",
+            links=[Link("Data", "01-data.html"), Link("Comparison", "04-compare.html")],
+            table=_run_table(place, found),
+        ),
+    ]
     write_index(
-        folder / "index.html", title=study.title, lead=study.about, sections=sections, provenance=provenance,
+        folder / "index.html",
+        title=study.title,
+        lead=study.about,
+        sections=sections,
+        provenance=provenance,
         home="../index.html",
-    )  # fmt: skip
+    )
 
 
 def _pictures(folder: Path, captions: dict[str, str]) -> list[Picture]:
@@ -261,11 +318,18 @@ def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
             for notebook, what in STAGE_PAGES.items()
             if (path := page(place.results, jobs[run["run"]], notebook)).exists()
         }
-        rows.append({
-            "Run": run["run"], "Key": run["key"][:8], "Precision": run["precision"],
-            "Minutes": f"{run['seconds'] / 60:.1f}", "Memory (MB)": str(run["peak_memory_mb"]), "Commit": run["commit"],
-            "Rows": "adopted" if run["adopted"] else "own", **{what: links.get(what, "") for what in STAGE_PAGES.values()},
-        })  # fmt: skip
+        rows.append(
+            {
+                "Run": run["run"],
+                "Key": run["key"][:8],
+                "Precision": run["precision"],
+                "Minutes": f"{run['seconds'] / 60:.1f}",
+                "Memory (MB)": str(run["peak_memory_mb"]),
+                "Commit": run["commit"],
+                "Rows": "adopted" if run["adopted"] else "own",
+                **{what: links.get(what, "") for what in STAGE_PAGES.values()},
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -292,10 +356,6 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     Returns:
         The views, and one sentence that says how the cases were chosen.
     """
-    import numpy as np
-
-    from mlrpl.evaluation import PREDICTIONS
-
     local = [job for job in representative(place.jobs) if (job.folder / PREDICTIONS).exists()]
     local = [job for job in local if job.run.name in set(found.runs["run"])]
     if not local:
@@ -306,10 +366,14 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     rows = found.metrics[(found.metrics["selection"] == "last") & (found.metrics["output"] == "decoder1")]
     dice = {
         job.run.name: rows[
-            (rows["variant"] == job.run.variant) & (rows["labelled"] == job.run.labelled) & (rows["seed"] == job.run.seed)
-        ].groupby("case")["dice"].mean()
+            (rows["variant"] == job.run.variant)
+            & (rows["labelled"] == job.run.labelled)
+            & (rows["seed"] == job.run.seed)
+        ]
+        .groupby("case")["dice"]
+        .mean()
         for job in shown
-    }  # fmt: skip
+    }
     ranked = dice[reference.run.name].sort_values(ascending=False, kind="stable")
     chosen = {"best": ranked.index[0], "median": ranked.index[len(ranked) // 2], "worst": ranked.index[-1]}
     views = []

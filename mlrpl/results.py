@@ -77,16 +77,25 @@ def run_frames(job: Job) -> Results:
     evaluated = job.finished("evaluate")
     metrics = pd.read_csv(job.folder / "metrics.csv").assign(**_identity(job)) if evaluated else pd.DataFrame()
     row: dict[str, Any] = {
-        "run": run.name, **_identity(job), "title": run.title, "key": job.key, "iterations": run.settings.iterations,
+        "run": run.name,
+        **_identity(job),
+        "title": run.title,
+        "key": job.key,
+        "iterations": run.settings.iterations,
         **{name: facts["train"][name] for name in ("precision", "device", "threads", "parameters", "seconds")},
         "seconds_evaluate": facts["evaluate"]["seconds"] if evaluated else None,
-        "peak_memory_mb": facts["train"]["peak_memory_mb"], "commit": facts["train"]["commit"], "adopted": False,
-    }  # fmt: skip
+        "peak_memory_mb": facts["train"]["peak_memory_mb"],
+        "commit": facts["train"]["commit"],
+        "adopted": False,
+    }
     log = pd.read_csv(job.folder / "log.csv").drop(columns="learning_rate")
     stretches = log.index // max(1, -(-len(log) // CURVE_POINTS))
     curves = log.groupby(stretches).mean().assign(iteration=log.groupby(stretches)["iteration"].last())
     return Results(
-        metrics, pd.DataFrame([row]), curves.assign(run=run.name), pd.read_csv(job.folder / "checks.csv").assign(run=run.name)
+        metrics,
+        pd.DataFrame([row]),
+        curves.assign(run=run.name),
+        pd.read_csv(job.folder / "checks.csv").assign(run=run.name),
     )
 
 

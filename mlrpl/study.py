@@ -132,17 +132,25 @@ class Workplace:
         for job in self.jobs:
             if job.run.name == name:
                 return job
-        raise StudyError(f"study {self.study.name} has no run {name!r}: it has {', '.join(j.run.name for j in self.jobs)}")
+        raise StudyError(
+            f"study {self.study.name} has no run {name!r}: it has {', '.join(j.run.name for j in self.jobs)}"
+        )
 
     # What the notebooks call.
 
-    def train(self, name: str, device: str | None = None, watch: Callable[[Progress], None] | None = None) -> Job:
+    def train(
+        self,
+        name: str,
+        device: str | None = None,
+        watch: Callable[[Progress], None] | None = None,
+        tensorboard: bool = False,
+    ) -> Job:
         """Train a run to its end, from its checkpoint where there is one; nothing is done for a finished one."""
         job = self.job(name)
         if not job.finished("train"):
             job.folder.mkdir(parents=True, exist_ok=True)
             write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
-            trainer = Trainer(job.run, self.store, job.folder, job.key, find_device(device))
+            trainer = Trainer(job.run, self.store, job.folder, job.key, find_device(device), tensorboard)
             facts = trainer.train(watch)
             job.record("train", data=self.store.fingerprint, threads=job.run.settings.threads, **facts)
         return job
@@ -174,15 +182,21 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
 
     source = NOTEBOOKS / f"{notebook}.ipynb"
     if not source.exists():
-        raise StudyError(f"notebooks/{notebook}.ipynb is missing: run from a clone of the repository, installed with pip -e")
+        raise StudyError(
+            f"notebooks/{notebook}.ipynb is missing: run from a clone of the repository, installed with pip -e"
+        )
     failed = destination.with_suffix(".failed.ipynb")
     with atomic(destination) as partial:
         working = partial.with_suffix(".ipynb")
         try:
             papermill.execute_notebook(
-                os.path.relpath(source), str(working), parameters=parameters, kernel_name="python3", progress_bar=False,
+                os.path.relpath(source),
+                str(working),
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
                 log_output=False,
-            )  # fmt: skip
+            )
             working.replace(partial)
             failed.unlink(missing_ok=True)
         except PapermillExecutionError as error:
@@ -195,7 +209,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
             working.unlink(missing_ok=True)
 
 
-def execute_run(place: Workplace, name: str, device: str | None) -> None:
+def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bool = False) -> None:
     """What `mlrpl run` does: the two notebooks of one run, each only where needed.
 
     Raises:
@@ -203,11 +217,13 @@ def execute_run(place: Workplace, name: str, device: str | None) -> None:
     """
     job = place.job(name)
     job.folder.mkdir(parents=True, exist_ok=True)
+    common = notebook_parameters(place, RUN=name, DEVICE=device)
+    stages = {"train": ("02-train", {**common, "TENSORBOARD": tensorboard}), "evaluate": ("03-evaluate", common)}
     try:
         with FileLock(job.folder / ".lock", timeout=0):
-            for notebook, stage in (("02-train", "train"), ("03-evaluate", "evaluate")):
+            for stage, (notebook, parameters) in stages.items():
                 if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
-                    execute(notebook, job.folder / f"{notebook}.ipynb", **notebook_parameters(place, RUN=name, DEVICE=device))
+                    execute(notebook, job.folder / f"{notebook}.ipynb", **parameters)
     except Timeout:
         raise StudyError(f"run {name}: another process is training it") from None
 
@@ -238,7 +254,9 @@ class _Worker:
             self.bar.refresh()
 
 
-def run_all(place: Workplace, jobs: list[Job], at_once: int, device: str | None) -> dict[str, str]:
+def run_all(
+    place: Workplace, jobs: list[Job], at_once: int, device: str | None, tensorboard: bool = False
+) -> dict[str, str]:
     """Execute the jobs, `at_once` at a time; goes on after a failure.
 
     Returns:
@@ -249,7 +267,7 @@ def run_all(place: Workplace, jobs: list[Job], at_once: int, device: str | None)
     try:
         while waiting or working:
             while waiting and slots:
-                working.append(_start(place, waiting.pop(0), device, slots.pop(0)))
+                working.append(_start(place, waiting.pop(0), device, tensorboard, slots.pop(0)))
             time.sleep(POLL_SECONDS)
             for worker in list(working):
                 worker.show()
@@ -271,22 +289,34 @@ def run_all(place: Workplace, jobs: list[Job], at_once: int, device: str | None)
     return failures
 
 
-def _start(place: Workplace, job: Job, device: str | None, slot: int) -> _Worker:
+def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, slot: int) -> _Worker:
     job.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlrpl", "run", place.given, job.run.name, "--runs", str(place.root)]
     command += ["--parent", str(os.getpid())]
+    command += ["--tensorboard"] * tensorboard
     if device:
         command += ["--device", device]
     threads = str(job.run.settings.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+    }
     with (job.folder / "worker.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL
+        )
     if not sys.stderr.isatty():
         print(f"  {job.run.name}: started", flush=True)
     bar = tqdm(
-        total=job.run.settings.iterations, desc=job.run.name, position=slot, leave=False, disable=not sys.stderr.isatty(),
+        total=job.run.settings.iterations,
+        desc=job.run.name,
+        position=slot,
+        leave=False,
+        disable=not sys.stderr.isatty(),
         bar_format="  {desc:<24} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
-    )  # fmt: skip
+    )
     return _Worker(job, process, bar, time.monotonic())
 
 

@@ -222,11 +222,15 @@ def data_summary(store: Store) -> pd.DataFrame:
         if not cases:
             continue
         shapes, spacings = ([case[name] for case in cases] for name in ("shape", "spacing"))
-        rows.append({
-            "Split": split, "Cases": len(cases), "With label": sum(case["has_label"] for case in cases),
-            "Size (voxels)": _range(shapes, "{:.0f}"),
-            "Spacing (mm)": _range(spacings, "{:.2f}") if store.real_spacing else "unknown",
-        })  # fmt: skip
+        rows.append(
+            {
+                "Split": split,
+                "Cases": len(cases),
+                "With label": sum(case["has_label"] for case in cases),
+                "Size (voxels)": _range(shapes, "{:.0f}"),
+                "Spacing (mm)": _range(spacings, "{:.2f}") if store.real_spacing else "unknown",
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mlrpl.config import Run
@@ -35,7 +36,17 @@ from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.provenance import device_name, environment
 
-LOG_COLUMNS = ("iteration", "total", "supervised", "mutual", "beta", "pseudo_foreground", "dice", "learning_rate", "seconds")
+LOG_COLUMNS = (
+    "iteration",
+    "total",
+    "supervised",
+    "mutual",
+    "beta",
+    "pseudo_foreground",
+    "dice",
+    "learning_rate",
+    "seconds",
+)
 CHECK_COLUMNS = ("iteration", "dice")
 CHECKPOINT_SECONDS = 60  # at most so much work is lost; its timing changes no result
 PROGRESS_SECONDS = 2
@@ -75,7 +86,7 @@ def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Gen
 
 
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
-    """"constant"; "poly": base (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations. k counts from 1."""
+    """ "constant"; "poly": base (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations. k counts from 1."""
     done = iteration - 1
     factors = {"constant": 1.0, "poly": (1 - done / iterations) ** 0.9, "step": 0.1 ** (done // 2500)}
     return base * factors[schedule]
@@ -84,8 +95,10 @@ def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -
 class Log:
     """A CSV file that grows by rows and never holds an iteration twice: rows after the checkpoint's are cut on resuming."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], resumed_at: int) -> None:
-        self.path, self.columns = path, columns
+    def __init__(
+        self, path: Path, columns: tuple[str, ...], resumed_at: int, board: SummaryWriter | None = None
+    ) -> None:
+        self.path, self.columns, self.board = path, columns, board
         self.waiting: list[dict[str, Any]] = []
         kept = [row for row in read_log(path) if int(row["iteration"]) <= resumed_at]
         with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -102,9 +115,16 @@ class Log:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns)
         for row in self.waiting:
-            writer.writerow({name: plain(row.get(name, math.nan)) for name in self.columns})
+            values = {name: plain(row.get(name, math.nan)) for name in self.columns}
+            writer.writerow(values)
+            if self.board:
+                for name, value in values.items():
+                    if name != "iteration" and value != "":
+                        self.board.add_scalar(f"{self.path.stem}/{name}", float(value), values["iteration"])
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(text.getvalue())
+        if self.board:
+            self.board.flush()
         self.waiting.clear()
 
 
@@ -143,7 +163,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     except FileNotFoundError:
         raise StudyError(f"{path.name}: not there; train the run first") from None
     except Exception as error:
-        raise StudyError(f"{path.name}: cannot be read as weights ({type(error).__name__}); delete it and run again") from None
+        raise StudyError(
+            f"{path.name}: cannot be read as weights ({type(error).__name__}); delete it and run again"
+        ) from None
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -161,11 +183,15 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
     ids = store.ids("train")
     with_label = sum(case["has_label"] for case in store.index["cases"] if case["split"] == "train")
     if run.labelled > with_label:
-        raise StudyError(f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training")
+        raise StudyError(
+            f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training"
+        )
     if not uses_unlabelled:
         return ids[: run.labelled], []
     if run.labelled == len(ids):
-        raise StudyError(f"run {run.name}: all {len(ids)} training cases are labelled, so {run.method} has none to learn from")
+        raise StudyError(
+            f"run {run.name}: all {len(ids)} training cases are labelled, so {run.method} has none to learn from"
+        )
     return ids[: run.labelled], ids[run.labelled :]
 
 
@@ -191,9 +217,20 @@ def check_cases(store: Store) -> list[str]:
 
 
 class Trainer:
-    """One run from wherever its folder says it stands to its last iteration."""
+    """One run from wherever its folder says it stands to its last iteration.
 
-    def __init__(self, run: Run, store: Store, folder: Path, key: str, device: torch.device) -> None:
+    Args:
+        run: what to train.
+        store: its data.
+        folder: where it lives; must exist.
+        key: the run's key; a checkpoint of another key is refused.
+        device: where to train.
+        tensorboard: also write the log for TensorBoard, into the folder's `tensorboard`.
+    """
+
+    def __init__(
+        self, run: Run, store: Store, folder: Path, key: str, device: torch.device, tensorboard: bool = False
+    ) -> None:
         self.run, self.store, self.folder, self.key, self.device = run, store, folder, key, device
         torch.set_num_threads(run.settings.threads)
         self.method = make_method(run, store, device)
@@ -202,8 +239,10 @@ class Trainer:
         settings = run.settings
         self.optimizer = torch.optim.SGD(
             [p for p in self.method.parameters() if p.requires_grad],
-            settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay,
-        )  # fmt: skip
+            settings.learning_rate,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
         self.iteration = 0
         self.best = -1.0
         self.seconds = 0.0
@@ -212,6 +251,9 @@ class Trainer:
         self.precision = Precision("float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
+        self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)
+        self.check_log = Log(folder / "checks.csv", CHECK_COLUMNS, self.iteration, board)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -219,7 +261,9 @@ class Trainer:
         if path.exists():
             state = load(path, self.device)
             if state["key"] != self.key:
-                raise StudyError(f"{path.name} of run {self.run.name} belongs to other settings; delete it and run again")
+                raise StudyError(
+                    f"{path.name} of run {self.run.name} belongs to other settings; delete it and run again"
+                )
             self.precision = Precision(state["precision"], state["reason"])
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -233,8 +277,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
         if path.exists():
             self.scaler.load_state_dict(state["scaler"])
-        self.log = Log(self.folder / "log.csv", LOG_COLUMNS, self.iteration)
-        self.check_log = Log(self.folder / "checks.csv", CHECK_COLUMNS, self.iteration)
 
     def _step(self, iteration: int) -> dict[str, Tensor]:
         settings = self.run.settings
@@ -255,19 +297,30 @@ class Trainer:
 
     def _weights(self) -> dict[str, Any]:
         return {
-            "key": self.key, "iteration": self.iteration, "precision": self.precision.name, "method": self.method.state_dict(),
-        }  # fmt: skip
+            "key": self.key,
+            "iteration": self.iteration,
+            "precision": self.precision.name,
+            "method": self.method.state_dict(),
+        }
 
     def _checkpoint(self) -> None:
         """The log first: rows without a checkpoint are cut on resuming, a checkpoint without rows would leave a gap."""
         self.log.flush()
         self.check_log.flush()
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.device))
-        save(self.folder / "checkpoint.pt", {
-            **self._weights(), "reason": self.precision.reason, "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "best": self.best, "seconds": self.seconds,
-            "peak_memory_mb": self.peak_memory_mb, "began_with": self.began_with,
-        })  # fmt: skip
+        save(
+            self.folder / "checkpoint.pt",
+            {
+                **self._weights(),
+                "reason": self.precision.reason,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+                "seconds": self.seconds,
+                "peak_memory_mb": self.peak_memory_mb,
+                "began_with": self.began_with,
+            },
+        )
 
     def _check(self) -> float:
         dice = test_dice(self.method, self.checks, self.device, self.precision)
@@ -321,7 +374,9 @@ class Trainer:
             **self.began_with,
         }
 
-    def _watch(self, terms: dict[str, Any], first: int, elapsed: float, watch: Callable[[Progress], None] | None) -> None:
+    def _watch(
+        self, terms: dict[str, Any], first: int, elapsed: float, watch: Callable[[Progress], None] | None
+    ) -> None:
         loss = terms["total"].item()
         if not math.isfinite(loss):
             raise StudyError(

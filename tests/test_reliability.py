@@ -23,7 +23,9 @@ def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     return dict(np.load(request.param))
 
 
-def random_decoders(classes: int = 3, decoders: int = 2, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def random_decoders(
+    classes: int = 3, decoders: int = 2, seed: int = 0
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     logits = [2 * torch.randn(2, classes, 6, 5, 4, generator=generator) for _ in range(decoders)]
     features = [torch.randn(2, 16, 6, 5, 4, generator=generator) for _ in range(decoders)]
@@ -170,11 +172,14 @@ def test_gradient_matches_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (z,), eps=1e-6, atol=1e-6, nondet_tol=0)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"selection": "both"}, "unknown selection"),
-    ({"selection": "threshold"}, "needs a threshold"),
-    ({"weighting": "guess"}, "unknown weighting"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"selection": "both"}, "unknown selection"),
+        ({"selection": "threshold"}, "needs a threshold"),
+        ({"weighting": "guess"}, "unknown weighting"),
+    ],
+)
 def test_wrong_names_are_named(kwargs: dict[str, str], message: str) -> None:
     logits, features = random_decoders()
     with pytest.raises(ValueError, match=message):

@@ -113,7 +113,7 @@ def test_notebook_page_leaves_out_noise_and_folds_code(page):
     assert "<title>Train &lt;s0&gt;</title>" in html
     assert '<a href="../index.html">← Study</a>' in html
     assert html.count('<details class="code">') == 3
-    assert "<summary>Parameters</summary>" in html
+    assert "<summary>Parameters of this run</summary>" in html
     assert "For research, not for diagnosis" in html
 
 
@@ -161,9 +161,9 @@ def test_bad_input_leaves_the_old_page(tmp_path, overview):
     assert overview.read_bytes() == old
 
 
-def test_unwritable_destination_is_one_line_and_leaves_nothing(tmp_path):
+def test_unwritable_destination_leaves_nothing_behind(tmp_path):
     (tmp_path / "page").mkdir()  # a folder stands where the page should go
-    with pytest.raises(StudyError, match="cannot be written"):
+    with pytest.raises(OSError, match="directory"):
         write_home(tmp_path / "page", title="t", lead="", entries=[])
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
@@ -252,6 +252,20 @@ def test_code_unfolds_by_cell_and_all_at_once(page, browser):
     browser.click("#all-code")
     assert browser.evaluate(visible) == [False, False, False]
     assert browser.evaluate(label) == "Show all code"
+
+
+def test_on_a_phone_small_pictures_shrink_and_wide_ones_scroll(tmp_path, picture, browser):
+    figure, axes = plt.subplots(figsize=(5, 3))
+    axes.plot([0, 1])
+    figure.savefig(tmp_path / "small.svg")
+    plt.close(figure)
+    pictures = [Picture(tmp_path / "small.svg"), Picture(picture)]
+    write_index(tmp_path / "i.html", title="t", lead="", sections=[Section("S", figures=pictures)], provenance={})
+    browser.open(tmp_path / "i.html", width=390, mobile=True)
+    small, wide = browser.evaluate("[...document.images].map(image => image.getBoundingClientRect().width)")
+    assert 300 < small < 390
+    assert wide > 500
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_provenance_is_folded(index, browser):

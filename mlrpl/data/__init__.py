@@ -1,4 +1,5 @@
 """Data: source → case store → patches."""
+
 from mlrpl.data.patches import Batch, Batches
 from mlrpl.data.prepare import SOURCES, prepare
 from mlrpl.data.store import Case, Store, open_store

@@ -10,6 +10,7 @@ Without labelled imagesTs, `test` labelled cases are kept for testing, drawn by 
 seeded order, the unlabelled ones last. Channels are z-scored per volume; arrays are (x, y, z) as in the file, and
 spacing, origin and direction are kept.
 """
+
 import json
 import re
 from collections.abc import Mapping
@@ -61,12 +62,17 @@ class Decathlon:
         self.split = "published" if test else "seeded"
         if not test:
             if len(train) <= options.test:
-                raise StudyError(f"{root}: {len(train)} labelled cases, of which option 'test' keeps {options.test} "
-                                 "for testing, leave none to train on; lower 'test' or add labels")
-            train, test = train[:-options.test], train[-options.test:]
+                raise StudyError(
+                    f"{root}: {len(train)} labelled cases, of which option 'test' keeps {options.test} "
+                    "for testing, leave none to train on; lower 'test' or add labels"
+                )
+            train, test = train[: -options.test], train[-options.test :]
         train += sorted(cases.keys() - self._labelled)
-        self.entries = [Entry(case, split, (*cases[case][0], *cases[case][1]))
-                        for split, ids in (("train", train), ("test", test)) for case in ids]
+        self.entries = [
+            Entry(case, split, (*cases[case][0], *cases[case][1]))
+            for split, ids in (("train", train), ("test", test))
+            for case in ids
+        ]
 
     def read(self, entry: Entry) -> Raw:
         """Read one case; StudyError names the file that is cut short or on another grid than the case's first."""
@@ -76,8 +82,10 @@ class Decathlon:
         first, geometry = volumes[0]
         for name, (array, other) in zip(names[1:], volumes[1:], strict=True):
             if array.shape != first.shape:
-                raise StudyError(f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
-                                 f"{first.shape[1:]}; export all channels on the same grid")
+                raise StudyError(
+                    f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
+                    f"{first.shape[1:]}; export all channels on the same grid"
+                )
             check_same_grid(name, other, names[0], geometry)
         image = z_score(np.concatenate([array for array, _ in volumes]), names[0])
         label = self._label(entry.files[-1], names[0], image, geometry) if labelled else None
@@ -123,8 +131,10 @@ def _classes(description: Mapping[str, Any]) -> tuple[str, ...]:
     except (TypeError, ValueError):
         raise StudyError("dataset.json: 'labels' must give one whole number a class (no regions); correct it") from None
     if len(names) < len(pairs) or sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 256:
-        raise StudyError(f"dataset.json: the label values are {sorted(names)}; they must be 0 (background), 1, … "
-                         "without gaps, so renumber them")
+        raise StudyError(
+            f"dataset.json: the label values are {sorted(names)}; they must be 0 (background), 1, … "
+            "without gaps, so renumber them"
+        )
     return tuple(names[value] for value in range(len(names)))
 
 
@@ -150,12 +160,14 @@ def _cases(root: Path, part: str, channels: int) -> dict[str, tuple[list[str], l
             files.setdefault(match[1], []).append(f"images{part}/{images[name]}")
         for case, names in files.items():
             if len(names) != channels:
-                raise StudyError(f"images{part}: case '{case}' has {len(names)} of {channels} channel files; "
-                                 "add the others")
+                raise StudyError(
+                    f"images{part}: case '{case}' has {len(names)} of {channels} channel files; add the others"
+                )
     else:
         files = {name: [f"images{part}/{file}"] for name, file in images.items()}
     for case, file in labels.items():
         if case not in files:
-            raise StudyError(f"labels{part}/{file}: a label without an image in images{part}; "
-                             "add the image or remove the label")
+            raise StudyError(
+                f"labels{part}/{file}: a label without an image in images{part}; add the image or remove the label"
+            )
     return {case: (names, [f"labels{part}/{labels[case]}"] if case in labels else []) for case, names in files.items()}

@@ -5,6 +5,7 @@
 
 The arrays are taken as they are. Their voxel spacing is not recorded, so distances are in voxels.
 """
+
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,8 +36,10 @@ class LeftAtrium:
     channels = 1
     real_spacing = False
     licence = "terms of the 2018 Atrial Segmentation Challenge: for research, cite the challenge"
-    citation = ("Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "
-                "gadolinium-enhanced cardiac magnetic resonance imaging, Medical Image Analysis 67 (2021) 101832")
+    citation = (
+        "Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "
+        "gadolinium-enhanced cardiac magnetic resonance imaging, Medical Image Analysis 67 (2021) 101832"
+    )
 
     def __init__(self, options: LeftAtriumOptions, root: Path) -> None:
         self.root = root
@@ -51,8 +54,11 @@ class LeftAtrium:
             raise StudyError(f"{root}: no <case>/{FILE} in this folder; give the folder of the published LA volumes")
         splits = _published(root, files)
         self.split = "published" if splits else "seeded"
-        self.entries = [Entry(case, split, (files[case],))
-                        for split, cases in (splits or _seeded(files, options.seed)).items() for case in cases]
+        self.entries = [
+            Entry(case, split, (files[case],))
+            for split, cases in (splits or _seeded(files, options.seed)).items()
+            for case in cases
+        ]
 
     def read(self, entry: Entry) -> Raw:
         """Read one case; StudyError when the file is cut short or lacks a dataset."""
@@ -64,8 +70,10 @@ class LeftAtrium:
                     raise StudyError(f"{name}: no dataset '{min(missing)}' in this file; replace it")
                 image, label = file["image"][()], file["label"][()]
         except (OSError, RuntimeError) as error:
-            raise StudyError(f"{name}: cannot be read as HDF5, it may be cut short; copy it again "
-                             f"({str(error).splitlines()[0][:80]})") from None
+            raise StudyError(
+                f"{name}: cannot be read as HDF5, it may be cut short; copy it again "
+                f"({str(error).splitlines()[0][:80]})"
+            ) from None
         return Raw(image[None].astype(np.float32), label)
 
 
@@ -86,8 +94,10 @@ def _published(root: Path, files: dict[str, str]) -> dict[str, list[str]] | None
     for split, cases in splits.items():
         for case in cases:
             if case not in files:
-                raise StudyError(f"{split}.list names case '{case}', but there is no {case}/{FILE}; "
-                                 "complete the dataset or correct the list")
+                raise StudyError(
+                    f"{split}.list names case '{case}', but there is no {case}/{FILE}; "
+                    "complete the dataset or correct the list"
+                )
             if case in seen:
                 raise StudyError(f"{split}.list names case '{case}', which was listed before; correct the lists")
             seen.add(case)

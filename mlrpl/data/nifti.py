@@ -1,4 +1,5 @@
 """Volumes from NIfTI files, axes x, y, z as in the file, with the geometry that writing a prediction back needs."""
+
 import gzip
 import math
 import zlib
@@ -38,14 +39,17 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     return array.transpose(0, 3, 2, 1), {key: [float(v) for v in value] for key, value in geometry.items()}
 
 
-def check_same_grid(name: str, geometry: Mapping[str, list[float]], other: str,
-                    expected: Mapping[str, list[float]]) -> None:
+def check_same_grid(
+    name: str, geometry: Mapping[str, list[float]], other: str, expected: Mapping[str, list[float]]
+) -> None:
     """StudyError unless both lie alike in space, to a tenth of a voxel: a flipped label would train without a word."""
     voxel = min(expected["spacing"])
     for key, tolerance in (("spacing", 0.01 * voxel), ("origin", 0.1 * voxel), ("direction", 0.01)):
         if not np.allclose(geometry[key], expected[key], rtol=0, atol=tolerance):
-            raise StudyError(f"{name}: its {key} {_short(geometry[key])} is not that of {other}, "
-                             f"{_short(expected[key])}; export both on the same grid")
+            raise StudyError(
+                f"{name}: its {key} {_short(geometry[key])} is not that of {other}, "
+                f"{_short(expected[key])}; export both on the same grid"
+            )
 
 
 def nifti_files(folder: Path) -> dict[str, str]:

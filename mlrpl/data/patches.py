@@ -4,6 +4,7 @@ Every batch is a pure function of (seed, iteration): sample number p of a stream
 permutation(seed, stream, p // cases)[p % cases], cropped and augmented with the generator of (seed, stream, p).
 A run that is killed and resumed therefore sees the batches that it would have seen.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,15 @@ class Batches:
     torch.Size([4, 1, 48, 48, 32])
     """
 
-    def __init__(self, labelled: Sequence[Case], unlabelled: Sequence[Case], patch: Sequence[int],
-                 augmentation: Sequence[str], seed: int, sizes: tuple[int, int] = (2, 2)) -> None:
+    def __init__(
+        self,
+        labelled: Sequence[Case],
+        unlabelled: Sequence[Case],
+        patch: Sequence[int],
+        augmentation: Sequence[str],
+        seed: int,
+        sizes: tuple[int, int] = (2, 2),
+    ) -> None:
         self.streams = (tuple(labelled), tuple(unlabelled))
         self.patch = tuple(patch)
         self.augmentation = frozenset(augmentation)

@@ -10,6 +10,7 @@ from case to case.
 Lengths are in units of 1/64 of the field of view, directions as in an axial slice of a supine patient:
 x to the patient's left, y to the back, z to the head.
 """
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -39,7 +40,7 @@ class Phantom:
     """Source `phantom`: needs no folder."""
 
     Options: ClassVar = PhantomOptions
-    version: ClassVar = 1
+    version: ClassVar = 2
     needs_folder: ClassVar = False
     classes = ("background", "atrium")
     channels = 1
@@ -50,8 +51,9 @@ class Phantom:
 
     def __init__(self, options: PhantomOptions, root: Path | None = None) -> None:
         self.options = options
-        self.entries = [Entry(f"{split}-{number:03d}", split) for split in SPLITS
-                        for number in range(getattr(options, split))]
+        self.entries = [
+            Entry(f"{split}-{number:03d}", split) for split in SPLITS for number in range(getattr(options, split))
+        ]
 
     def read(self, entry: Entry) -> Raw:
         """Draw one case: a function of the seed, its split and its number alone."""
@@ -73,8 +75,8 @@ def _anatomical_grid(random: np.random.Generator, size: Sequence[int]) -> np.nda
     """Anatomical coordinates (3, x, y, z) of every voxel: moved, turned, scaled and smoothly deformed."""
     unit = min(size[0], size[1], 1.6 * size[2]) / 64  # voxels
     grid = np.stack(np.meshgrid(*((np.arange(n) - (n - 1) / 2) / unit for n in size), indexing="ij"))
-    turn, tilt = np.deg2rad(random.normal(0, (10, 7)))
-    matrix = _rotation(2, turn) @ _rotation(0, tilt) / random.uniform(1, 1.28)
+    turn, tilt = np.deg2rad(random.normal(0, (8, 5)))
+    matrix = _rotation(2, turn) @ _rotation(0, tilt) / random.uniform(1, 1.22)
     moved = grid - random.normal(0, (3, 3, 2)).reshape(3, 1, 1, 1)
     points = np.tensordot(matrix, moved, axes=1)
     return points + np.stack([_smooth_field(random, size, modes=5, amplitude=1.7) for _ in range(3)])
@@ -102,14 +104,15 @@ def _atrium(random: np.random.Generator, points: np.ndarray) -> tuple[np.ndarray
 
 def _surroundings(random: np.random.Generator, points: np.ndarray, atrium: np.ndarray, veins: np.ndarray) -> np.ndarray:
     """Signal of every voxel (x, y, z), blood about 1, before the scanner: painted from the back to the front."""
+
     def near(*centre: float) -> np.ndarray:
         return np.array(centre) + random.normal(0, 1.6, 3)
 
     def sized(*radii: float) -> np.ndarray:
         return np.array(radii) * random.uniform(0.85, 1.15)
 
-    blood, right_blood = 1.0, random.normal(0.95, 0.1)
-    muscle, soft, lung = random.uniform(0.35, 0.65), random.uniform(0.3, 0.5), random.uniform(0.08, 0.2)
+    blood, right_blood = 1.0, random.normal(0.92, 0.08)
+    muscle, soft, lung = random.uniform(0.4, 0.6), random.uniform(0.3, 0.45), random.uniform(0.1, 0.18)
     size = points.shape[1:]
 
     signal = np.full(size, lung)
@@ -167,10 +170,10 @@ def _scan(random: np.random.Generator, signal: np.ndarray) -> np.ndarray:
     """What the scanner makes of it: texture, contrast, bias field, blur, Rician noise; whole grey levels."""
     size = signal.shape
     signal = signal * (1 + 0.06 * _smooth_field(random, size, modes=9, amplitude=1))
-    signal = signal ** random.uniform(0.75, 1.3)
+    signal = signal ** random.uniform(0.85, 1.2)
     signal = gaussian_filter(signal, (*[random.uniform(0.45, 0.8)] * 2, random.uniform(0.5, 1)))
-    signal = signal * np.exp(_smooth_field(random, size, modes=3, amplitude=random.uniform(0.08, 0.22)))
-    noise = random.uniform(0.05, 0.13)
+    signal = signal * np.exp(_smooth_field(random, size, modes=3, amplitude=random.uniform(0.05, 0.15)))
+    noise = random.uniform(0.05, 0.11)
     real, imaginary = random.normal(0, noise, (2, *size))
     return np.rint(GREY_LEVELS * np.hypot(signal + real, imaginary))
 

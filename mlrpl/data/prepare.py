@@ -1,4 +1,5 @@
 """From a source to a case store: read, check, sub-sample, write, all or nothing."""
+
 import hashlib
 import io
 import json
@@ -25,8 +26,7 @@ Progress = Callable[[int, int], None]  # cases done, cases in all
 SOURCES: dict[str, type[Source]] = {"phantom": Phantom, "la": LeftAtrium, "decathlon": Decathlon}
 
 
-def prepare(dataset: "Dataset", source: Path | None, folder: Path,
-            progress: Progress | None = None) -> Store:
+def prepare(dataset: "Dataset", source: Path | None, folder: Path, progress: Progress | None = None) -> Store:
     """Make the case store of a dataset in `folder`, or open the one that is there and still right.
 
     A store is right when it was made with the same settings from the same listing (case order, file names,
@@ -41,8 +41,13 @@ def prepare(dataset: "Dataset", source: Path | None, folder: Path,
         raise StudyError(f"dataset {dataset.name}: unknown source '{dataset.source}'; known: {', '.join(SOURCES)}")
     kind = SOURCES[dataset.source]
     options = parse_options(kind, dataset.source, dataset.options)
-    settings = {"name": dataset.name, "source": dataset.source, "version": kind.version,
-                "options": options.model_dump(mode="json"), "step": dataset.step}
+    settings = {
+        "name": dataset.name,
+        "source": dataset.source,
+        "version": kind.version,
+        "options": options.model_dump(mode="json"),
+        "step": dataset.step,
+    }
     folder, root = Path(folder), None
     if kind.needs_folder:
         if source is None:
@@ -75,8 +80,9 @@ def _open_without_source(name: str, folder: Path, settings: dict[str, Any]) -> S
         raise StudyError(f"dataset {name} needs DATA=/path: the folder that holds its files")
     store = open_store(folder)
     if any(store.index["settings"].get(key) != value for key, value in settings.items()):
-        raise StudyError(f"{folder} was prepared with other settings; dataset {name} needs DATA=/path "
-                         "to prepare it again")
+        raise StudyError(
+            f"{folder} was prepared with other settings; dataset {name} needs DATA=/path to prepare it again"
+        )
     return store
 
 
@@ -90,8 +96,10 @@ def _existing(folder: Path, settings: dict[str, Any]) -> Store | None:
 
 def _listing(reader: Source, root: Path | None) -> str:
     """Digest of what the source holds: case order, splits, file names and sizes."""
-    rows = [[entry.id, entry.split, [[name, (root / name).stat().st_size] for name in entry.files]]
-            for entry in reader.entries]
+    rows = [
+        [entry.id, entry.split, [[name, (root / name).stat().st_size] for name in entry.files]]
+        for entry in reader.entries
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -101,9 +109,17 @@ def _build(reader: Source, settings: dict[str, Any], folder: Path, progress: Pro
     try:
         cases = _write_cases(reader, settings["step"], partial, progress)
         index = {
-            "format": FORMAT, "name": settings["name"], "classes": list(reader.classes), "channels": reader.channels,
-            "real_spacing": reader.real_spacing, "licence": reader.licence, "citation": reader.citation,
-            "split": reader.split, "settings": settings, "fingerprint": _fingerprint(cases), "cases": cases,
+            "format": FORMAT,
+            "name": settings["name"],
+            "classes": list(reader.classes),
+            "channels": reader.channels,
+            "real_spacing": reader.real_spacing,
+            "licence": reader.licence,
+            "citation": reader.citation,
+            "split": reader.split,
+            "settings": settings,
+            "fingerprint": _fingerprint(cases),
+            "cases": cases,
         }
         (partial / "store.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(previous, ignore_errors=True)
@@ -148,12 +164,15 @@ def check(raw: Raw, entry: Entry, channels: int, classes: int) -> None:
         return
     name = entry.files[-1] if entry.files else entry.id
     if label.shape != image.shape[1:]:
-        raise StudyError(f"{name}: the label has shape {label.shape} but its image {image.shape[1:]}; "
-                         "export both on the same grid")
+        raise StudyError(
+            f"{name}: the label has shape {label.shape} but its image {image.shape[1:]}; export both on the same grid"
+        )
     if not np.isin(label, np.arange(classes)).all():
         unknown = np.setdiff1d(label, np.arange(classes))
-        raise StudyError(f"{name}: the label has the value {unknown[0]:g}, but the classes are 0 … {classes - 1}; "
-                         "correct the label or the dataset's list of classes")
+        raise StudyError(
+            f"{name}: the label has the value {unknown[0]:g}, but the classes are 0 … {classes - 1}; "
+            "correct the label or the dataset's list of classes"
+        )
 
 
 def _subsample(raw: Raw, step: int) -> Raw:
@@ -194,11 +213,20 @@ def _write_case(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.getbuffer())
         written[name] = {"bytes": data.getbuffer().nbytes, "sha256": hashlib.sha256(data.getbuffer()).hexdigest()}
-    return {"id": entry.id, "split": entry.split, "shape": list(raw.image.shape[1:]), "spacing": list(raw.spacing),
-            "geometry": raw.geometry, "has_label": raw.label is not None, "arrays": written}
+    return {
+        "id": entry.id,
+        "split": entry.split,
+        "shape": list(raw.image.shape[1:]),
+        "spacing": list(raw.spacing),
+        "geometry": raw.geometry,
+        "has_label": raw.label is not None,
+        "arrays": written,
+    }
 
 
 def _fingerprint(cases: list[dict[str, Any]]) -> str:
-    rows = [[case["id"], case["split"], case["spacing"], [array["sha256"] for array in case["arrays"].values()]]
-            for case in cases]
+    rows = [
+        [case["id"], case["split"], case["spacing"], [array["sha256"] for array in case["arrays"].values()]]
+        for case in cases
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ A source lists its cases, in order, and reads one at a time; everything after th
 writing) is the same for all and lives in `mlrpl.data.prepare`. A new dataset is one new file with one such
 class and one line in `mlrpl.data.SOURCES`.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

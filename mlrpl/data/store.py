@@ -7,6 +7,7 @@
 The same input gives the same bytes, and `fingerprint` names them: it depends on arrays, spacings, splits and
 order, not on the machine or the time.
 """
+
 import hashlib
 import io
 import json
@@ -111,5 +112,7 @@ def array_path(folder: Path, case_id: str, name: str) -> Path:
 
 
 def _damaged(folder: Path, path: Path, what: str) -> StudyError:
-    return StudyError(f"{folder}: the case store is damaged at {path.relative_to(folder)}: {what}; "
-                      "delete the folder and prepare the dataset again")
+    return StudyError(
+        f"{folder}: the case store is damaged at {path.relative_to(folder)}: {what}; "
+        "delete the folder and prepare the dataset again"
+    )
