@@ -48,7 +48,7 @@ class Dataset(Model):
 
 
 class Settings(Model):
-    """All that training depends on besides method, data, number of labelled cases and seed. Defaults: the paper's on LA."""
+    """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA."""
 
     patch: Sides = (112, 112, 80)
     stride: Sides = (18, 18, 4)

@@ -81,8 +81,8 @@ def evaluate(
         watch: called with (done, of) after each case.
 
     Returns:
-        Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN where
-        a mask is empty.
+        Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN
+        where a mask is empty.
     """
     rows, label_maps = [], {}
     cases = store.ids("test")

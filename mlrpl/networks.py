@@ -103,7 +103,7 @@ class VNet(nn.Module):
         in_channels: image channels.
         num_classes: classes, background included.
         filters: channels of the first stage (the paper: 16); they double at each of the four stages below.
-        upsamplings: one of "deconv", "nearest", "trilinear" a decoder. V-Net: ("deconv",); MLRPL: ("deconv", "nearest").
+        upsamplings: one of "deconv", "nearest", "trilinear" a decoder. V-Net: ("deconv",).
         dropout: Dropout3d 0.5 on the bottleneck and on the features before each head.
     """
 

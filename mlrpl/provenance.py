@@ -14,7 +14,7 @@ PACKAGES = ("torch", "numpy", "scipy", "pandas", "medpy", "papermill", "nbconver
 
 @cache
 def commit() -> str:
-    """The repository's commit, "+changes" appended where tracked code differs from it; "unknown" outside a repository."""
+    """The repository's commit, "+changes" appended where tracked code differs; "unknown" outside a repository."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:

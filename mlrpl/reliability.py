@@ -10,9 +10,10 @@ Notation: decoders k = 1…K; z_k logits and p_k = softmax(z_k), (N, C, x, y, z)
 
     H_k(v) = −Σ_c p_k log(p_k + 1e-6),        m_ij(v) = 1[H_i(v) > H_j(v)]
 
-The sign is right as it stands, though it is often asked about. Entropy is *un*certainty, so "the teacher is surer" reads
-H_j < H_i: the student's entropy exceeds the teacher's. Turned round, the surer decoder would copy the less sure one.
-m_ij and m_ji are never both 1, so at no voxel do two decoders teach each other; at equal entropies neither teaches.
+The sign is right as it stands, though it is often asked about. Entropy is *un*certainty, so "the teacher is surer"
+reads H_j < H_i: the student's entropy exceeds the teacher's. Turned round, the surer decoder would copy the less sure
+one. m_ij and m_ji are never both 1, so at no voxel do two decoders teach each other; at equal entropies neither
+teaches.
 
 **How (HR).** A pseudo-label is trusted as far as features and probabilities tell the same story. Per volume and class,
 the prototype is the mean feature of the voxels that j assigns to the class; where the similarity to it and the

@@ -34,6 +34,20 @@ from mlrpl.study import (
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
 
+COMPARISON = """*Last*: the weights after the final iteration. *Published*: the weights that did best on the test cases
+among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
+seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
+left out of the distances (the published code averages zeros there)."""
+OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
+CAPTIONS = {
+    "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
+    "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
+    "and a pseudo-labelled foreground that fall together towards zero.",
+    "checks": "The published protocol's checks.",
+    "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (of the first method where there is "
+    "none). Final weights, decoder 1.",
+}
+
 
 def reproduce(
     study: str,
@@ -160,7 +174,7 @@ def _compare_with_committed(found: Results, committed: Results) -> None:
         worst = rows.loc[rows["max"].idxmax()]
         print(
             f"\nAgainst the rows that were in results/: {int(rows['compared'].sum())} compared, mean |Δ Dice| "
-            f"{(rows['mean'] * rows['compared']).sum() / rows['compared'].sum():.3f} points, largest {worst['max']:.2f} "
+            f"{np.average(rows['mean'], weights=rows['compared']):.3f} points, largest {worst['max']:.2f} "
             f"({worst['variant']}, {worst['labelled']} labelled, seed {worst['seed']})"
         )
 
@@ -248,49 +262,18 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     sections = [
         Section(
             "Comparison",
-            text=f"{done}*Last*: the weights after the final iteration. *Published*: the weights that did best on the test "
-            "cases among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard "
-            "deviation over seeds where there are several. A distance is undefined where a method finds nothing; such cases "
-            "count as Dice 0 and are left out of the distances.",
+            text=done + COMPARISON,
             table=tables.formatted(comparison, study.distances),
-            figures=_pictures(
-                folder,
-                {
-                    "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
-                },
-            ),
+            figures=_pictures(folder, "distributions"),
         ),
-        Section(
-            "What the published selection adds",
-            table=tables.formatted_optimism(found.metrics, found.runs),
-            text="Points of Dice by which choosing the weights on the test cases exceeds the final weights.",
-        ),
-        Section(
-            "Learning",
-            figures=_pictures(
-                folder,
-                {
-                    "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
-                    "and a pseudo-labelled foreground that fall together towards zero.",
-                    "checks": "The published protocol's checks on the test cases.",
-                },
-            ),
-        ),
-        Section(
-            "Cases",
-            text=place.store.licence,
-            figures=_pictures(
-                folder,
-                {
-                    "contours": "Test cases that MLRPL segments best, in the middle and worst. Final weights, decoder 1.",
-                },
-            ),
-        ),
+        Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
+        Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
+        Section("Cases", place.store.licence, figures=_pictures(folder, "contours")),
         Section(
             "Notebooks",
-            text="Every figure above comes from these, executed as they are; code unfolds with a click.",
+            "Every figure above comes from these, executed as they are; code unfolds with a click.",
+            _run_table(place, found),
             links=[Link("Data", "01-data.html"), Link("Comparison", "04-compare.html")],
-            table=_run_table(place, found),
         ),
     ]
     write_index(
@@ -303,10 +286,9 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     )
 
 
-def _pictures(folder: Path, captions: dict[str, str]) -> list[Picture]:
-    paths = {name: folder / "figures" / f"{name}.svg" for name in captions}
-    paths = {name: path if path.exists() else path.with_suffix(".png") for name, path in paths.items()}
-    return [Picture(path, captions[name], name.replace("-", " ")) for name, path in paths.items() if path.exists()]
+def _pictures(folder: Path, *names: str) -> list[Picture]:
+    paths = [folder / "figures" / f"{name}.svg" for name in names]
+    return [Picture(path, CAPTIONS[path.stem], path.stem.replace("-", " ")) for path in paths if path.exists()]
 
 
 def _run_table(place: Workplace, found: Results) -> pd.DataFrame:

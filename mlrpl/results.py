@@ -60,11 +60,12 @@ def collect(jobs: Sequence[Job], committed: Results, adopt: bool) -> Results:
         committed: results from an earlier sitting.
         adopt: take rows from there for runs that are not finished here but whose key matches; they are marked.
     """
+    keys = committed.keys()
     parts: list[Results] = []
     for job in jobs:
         if job.finished("train") and job.finished("evaluate"):
             parts.append(run_frames(job))
-        elif adopt and job.key in committed.keys():
+        elif adopt and job.key in keys:
             parts.append(_adopted(job, committed))
     if not parts:
         return Results(*(pd.DataFrame() for _ in range(4)))

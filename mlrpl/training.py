@@ -1,11 +1,11 @@
 """The one training loop.
 
-Randomness of iteration k depends on (seed, k) alone: the batch, and PyTorch's global generators, which are seeded anew for
-each iteration. A run that is killed anywhere and started again therefore ends with the weights of an undisturbed one, bit
-for bit on a CPU.
+Randomness of iteration k depends on (seed, k) alone: the batch, and PyTorch's global generators, which are seeded anew
+for each iteration. A run that is killed anywhere and started again therefore ends with the weights of an undisturbed
+one, bit for bit on a CPU.
 
-A run's folder: checkpoint.pt (to resume from), log.csv (a row an iteration), checks.csv (the published protocol's), last.pt
-and published.pt (weights), progress.json (for whoever watches).
+A run's folder: checkpoint.pt (to resume from), log.csv (a row an iteration), checks.csv (the published protocol's),
+last.pt and published.pt (weights), progress.json (for whoever watches).
 """
 
 import csv
@@ -86,14 +86,14 @@ def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Gen
 
 
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
-    """ "constant"; "poly": base (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations. k counts from 1."""
+    """Rate of iteration k of K: base; "poly": × (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations."""
     done = iteration - 1
     factors = {"constant": 1.0, "poly": (1 - done / iterations) ** 0.9, "step": 0.1 ** (done // 2500)}
     return base * factors[schedule]
 
 
 class Log:
-    """A CSV file that grows by rows and never holds an iteration twice: rows after the checkpoint's are cut on resuming."""
+    """A CSV file that grows by rows and holds no iteration twice: on resuming, rows after the checkpoint are cut."""
 
     def __init__(
         self, path: Path, columns: tuple[str, ...], resumed_at: int, board: SummaryWriter | None = None

@@ -66,8 +66,8 @@ class Method(nn.Module):
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Named terms of the loss; "total" is minimised, the others are logged.
 
-        Terms that every method should log where it has them: "supervised", "mutual" (or its own consistency, by the same
-        name so that curves can be compared), "beta", "pseudo_foreground", "dice".
+        Terms that every method should log where it has them: "supervised", "mutual" (or its own consistency, by the
+        same name so that curves can be compared), "beta", "pseudo_foreground", "dice".
         """
         raise NotImplementedError
 
