@@ -96,7 +96,7 @@ def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
         raise StudyError(f"{notebook}: not a notebook; delete it and run the study again") from error
     exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(TEMPLATES)])
-    body, _ = exporter.from_notebook_node(_without_progress(cells))
+    body, _ = exporter.from_notebook_node(_for_readers(cells))
     _write(destination, "notebook.html.j2", title=title, home=home, body=Markup(body))  # nbconvert has escaped it
 
 
@@ -202,11 +202,16 @@ def _provenance_text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
 
 
-def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without stderr and widgets; of a line rewritten with carriage returns, what was last seen."""
+def _for_readers(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without stderr and widgets, and without absolute paths in the parameters it was executed with.
+
+    Of a line that was rewritten with carriage returns, what was last seen remains.
+    """
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.source = re.sub(r'"/[^"\n]*?([^"/\n]*)/?"', r'"…/\1"', cell.source)
         cell.outputs = [
             output for output in cell.outputs if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
         ]

@@ -44,8 +44,8 @@ CAPTIONS = {
     "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
     "and a pseudo-labelled foreground that fall together towards zero.",
     "checks": "The published protocol's checks.",
-    "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (of the first method where there is "
-    "none). Final weights, decoder 1.",
+    "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
+    "method). Final weights, decoder 1.",
 }
 
 

@@ -108,8 +108,10 @@ class Workplace:
         """All runs in the study's order; checked against data and methods, so that nothing fails hours later.
 
         Raises:
-            StudyError: for an unknown method or option, or more labelled cases than there are.
+            StudyError: for an unknown method or option, more labelled cases than there are, or mm without spacing.
         """
+        if self.study.distances == "mm" and not self.store.real_spacing:
+            raise StudyError(f"study {self.study.name}: the spacing of {self.store.name} is unknown: set distances: voxels")
         jobs: list[Job] = []
         folders: dict[str, Path] = {}
         for run in self.study.runs():

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
@@ -249,6 +250,11 @@ def _range(triples: Sequence[Sequence[float]], form: str) -> str:
     """Smallest … largest, by axis."""
     ranges = [(form.format(min(axis)), form.format(max(axis))) for axis in zip(*triples, strict=True)]
     return " × ".join(low if low == high else f"{low}–{high}" for low, high in ranges)
+
+
+def show(table: pd.DataFrame) -> Styler:
+    """A table as a notebook displays it: without its numbered index, floats with two decimals."""
+    return table.style.hide(axis="index").format(precision=2, na_rep="—").set_uuid("")
 
 
 def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:

@@ -86,9 +86,7 @@ class Browser:
 
     def open(self, page: Path, width: int = 1200, height: int = 900, mobile: bool = False) -> None:
         """Load a file at a window width in CSS pixels."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.problems.clear()
         self.loaded = False
         self.send("Page.navigate", url=page.resolve().as_uri())

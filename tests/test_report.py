@@ -59,7 +59,9 @@ def page(tmp_path):
     styled = WIDE.to_html()
     cells = [
         v4.new_markdown_cell("# Training\n\nOne *run* of <i>several</i>."),
-        v4.new_code_cell("iterations = 800", metadata={"tags": ["injected-parameters"]}),
+        v4.new_code_cell(
+            'RUNS = "/home/someone/my runs"\nRESULTS = "../results"', metadata={"tags": ["injected-parameters"]}
+        ),
         v4.new_code_cell(
             "a_rather_long_name = " + " + ".join(f"number_{i}" for i in range(40)),
             outputs=[
@@ -111,6 +113,9 @@ def test_notebook_page_leaves_out_noise_and_folds_code(page):
     assert "done\nloss &lt; 0.3" in html
     assert "&lt;script&gt;window.injected" in html
     assert "<title>Train &lt;s0&gt;</title>" in html
+    assert "someone" not in html
+    assert '>"…/my runs"<' in html
+    assert "../results" in html
     assert '<a href="../index.html">← Study</a>' in html
     assert html.count('<details class="code">') == 3
     assert "<summary>Parameters of this run</summary>" in html
@@ -126,7 +131,7 @@ def test_overview_links_the_studies(overview):
 @pytest.mark.parametrize("kind", ["index", "page", "overview"])
 def test_pages_refer_to_nothing_outside(kind, request):
     html = request.getfixturevalue(kind).read_text(encoding="utf-8")
-    assert re.findall(r'<(?:script|link|iframe)[^>]*(?:src|href)=', html) == []
+    assert re.findall(r"<(?:script|link|iframe)[^>]*(?:src|href)=", html) == []
     pictures = re.findall(r'<img[^>]*src="([^"]*)', html)
     assert [source[:20] for source in pictures if not source.startswith("data:")] == []
     assert "@import" not in html
