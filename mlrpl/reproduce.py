@@ -224,6 +224,7 @@ def _report(place: Workplace, found: Results) -> None:
                 )
     provenance = {
         "study": place.study.name,
+        "title": title,
         "data": {name: place.store.index[name] for name in ("name", "licence", "citation", "fingerprint", "split")},
         "report": environment(),
         "runs": {job.run.name: {"key": job.key, **_described(job)} for job in place.jobs},
@@ -319,9 +320,10 @@ def write_overview(results: Path) -> None:
     """`results/index.html`: the studies that have a page."""
     entries = []
     for index in sorted(results.glob("*/index.html")):
-        facts = read_json(index.parent / "provenance.json")
-        runs = Results.load(index.parent).runs
-        text = f"{len(runs)} runs; data: {facts.get('data', {}).get('name', '')}"
+        facts, runs = read_json(index.parent / "provenance.json"), Results.load(index.parent).runs
+        methods = ", ".join(dict.fromkeys(runs["title"]))
+        counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
+        text = f"{methods}; {counts} labelled cases; {len(runs)} runs"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)

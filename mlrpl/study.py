@@ -111,7 +111,7 @@ class Workplace:
             StudyError: for an unknown method or option, more labelled cases than there are, or mm without spacing.
         """
         if self.study.distances == "mm" and not self.store.real_spacing:
-            raise StudyError(f"study {self.study.name}: the spacing of {self.store.name} is unknown: set distances: voxels")
+            raise StudyError(f"study {self.study.name}: {self.store.name} has no known spacing: set distances: voxels")
         jobs: list[Job] = []
         folders: dict[str, Path] = {}
         for run in self.study.runs():

@@ -304,7 +304,12 @@ class Trainer:
         }
 
     def _checkpoint(self) -> None:
-        """The log first: rows without a checkpoint are cut on resuming, a checkpoint without rows would leave a gap."""
+        """The log first: rows without a checkpoint are cut on resuming, a checkpoint without rows would leave a gap.
+
+        Weights that are not finite never take the place of good ones, also where the last loss still was.
+        """
+        if not all(torch.isfinite(p).all() for p in self.method.parameters()):
+            raise self._diverged("a weight is not finite")
         self.log.flush()
         self.check_log.flush()
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.device))
@@ -374,15 +379,18 @@ class Trainer:
             **self.began_with,
         }
 
+    def _diverged(self, what: str) -> StudyError:
+        return StudyError(
+            f"run {self.run.name}: {what} at iteration {self.iteration}; the last good checkpoint is kept; "
+            "try a lower learning_rate, or precision: float32"
+        )
+
     def _watch(
         self, terms: dict[str, Any], first: int, elapsed: float, watch: Callable[[Progress], None] | None
     ) -> None:
         loss = terms["total"].item()
         if not math.isfinite(loss):
-            raise StudyError(
-                f"run {self.run.name}: the loss is {loss} at iteration {self.iteration}; the last checkpoint is kept; "
-                "try a lower learning_rate, or precision: float32"
-            )
+            raise self._diverged(f"the loss is {loss}")
         left = elapsed / (self.iteration - first) * (self.run.settings.iterations - self.iteration)
         dice = terms["dice"].item() if "dice" in terms else math.nan
         progress = Progress(self.iteration, self.run.settings.iterations, loss, dice, left)
