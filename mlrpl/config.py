@@ -19,6 +19,7 @@ from mlrpl.networks import STRIDE
 
 Side = Annotated[int, Field(gt=0)]
 Sides = tuple[Side, Side, Side]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -96,8 +97,8 @@ class Entry(Model):
     variant: Slug
     method: str
     title: str
-    labelled: tuple[Side, ...]
-    seeds: tuple[int, ...] | None = None
+    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    seeds: Seeds | None = None
     settings: dict[str, Any] = {}
     options: dict[str, Any] = {}
 
@@ -176,7 +177,7 @@ class Study(Model):
     dataset: Dataset
     distances: Literal["voxels", "mm"] = "voxels"
     settings: Settings = Settings()
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
     paper: tuple[PaperFigure, ...] = ()
 

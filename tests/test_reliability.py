@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlrpl.losses import dice_loss
-from mlrpl.reliability import SELECTIONS, WEIGHTINGS, entropy, mutual_loss, prototype_similarity, select, weigh
+from mlrpl.reliability import WEIGHTINGS, entropy, mutual_loss, prototype_similarity, select, weigh
 
 GOLDEN = sorted((Path(__file__).parent / "data").glob("mlrpl_*.npz"))
 
@@ -37,7 +37,7 @@ def test_golden_vectors_are_there() -> None:
 
 
 def test_selection_is_golden_exactly(golden: dict[str, np.ndarray]) -> None:
-    p = [torch.as_tensor(z).softmax(0 + 1) for z in golden["logits"]]
+    p = [torch.as_tensor(z).softmax(1) for z in golden["logits"]]
     for i in range(len(p)):
         for j in range(len(p)):
             if i != j:
@@ -76,9 +76,9 @@ def test_the_surer_decoder_teaches() -> None:
 
 def test_no_voxel_teaches_both_ways_and_equal_entropies_teach_nobody() -> None:
     a, b = (z.softmax(1) for z in random_decoders()[0])
+    assert select("wr", a, b).any()
     assert not (select("wr", a, b) & select("wr", b, a)).any()
     assert not select("wr", a, a.clone()).any()
-    assert not select("wr", a, a.flip(1)).any() or a.shape[1] > 2
     logits, features = random_decoders(classes=2)
     assert mutual_loss([logits[0], logits[0].clone()], features).item() == 0
 
@@ -154,24 +154,6 @@ def test_threshold_half_selects_all_for_two_classes() -> None:
     assert mutual_loss(logits, features, "threshold", threshold=0.9) != everything
 
 
-def test_gradient_matches_finite_differences() -> None:
-    """In double precision, away from ties: m, w and ŷ are constants of the step, so CE's is the only gradient."""
-    logits, features = random_decoders(classes=2)
-    logits[1] = logits[1] * 3  # decoder 2 is the surer one almost everywhere, so tiny steps flip nothing
-    z = logits[0].double().requires_grad_()
-
-    def loss(z: torch.Tensor) -> torch.Tensor:
-        p, teacher = z.detach().softmax(1), logits[1].double().softmax(1)
-        labels = teacher.argmax(1)
-        mask = select("wr", logits[0].double().softmax(1), teacher)
-        w = weigh("mse", teacher, features[1], labels)
-        del p
-        ce = torch.nn.functional.cross_entropy(z, labels, reduction="none")
-        return (mask * w * ce).sum() / (mask.sum() + 1e-6)
-
-    assert torch.autograd.gradcheck(loss, (z,), eps=1e-6, atol=1e-6, nondet_tol=0)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -184,4 +166,3 @@ def test_wrong_names_are_named(kwargs: dict[str, str], message: str) -> None:
     logits, features = random_decoders()
     with pytest.raises(ValueError, match=message):
         mutual_loss(logits, features, **kwargs)
-    assert SELECTIONS == ("wr", "all", "threshold")

@@ -36,10 +36,13 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
     """The run's method, initialised by PyTorch's defaults from the global random state.
 
     Raises:
-        StudyError: for an unknown method or option.
+        StudyError: for an unknown method, or an option that it does not have or take.
     """
     method = find_method(run.method)
     if unknown := set(run.options) - set(method.options()):
         known = ", ".join(method.options()) or "none"
         raise StudyError(f"run {run.name}: {run.method} has no option {sorted(unknown)[0]!r} (it has: {known})")
-    return method(run.settings, in_channels, num_classes, **run.options)
+    try:
+        return method(run.settings, in_channels, num_classes, **run.options)
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"run {run.name}: {error}") from None

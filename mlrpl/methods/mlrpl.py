@@ -50,6 +50,8 @@ class MLRPL(Method):
         self.network = self.make_network(tuple(upsamplings))
         self.gamma = gamma
         self.reliability = {"selection": selection, "weighting": weighting, "threshold": threshold}
+        voxel = [torch.zeros(1, num_classes, 1, 1, 1)] * 2
+        mutual_loss(voxel, voxel, **self.reliability)  # a wrong option is told now, not hours later
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """γ L_sup + β L_mut. The mutual loss is measured in the control too, where β is 0."""

@@ -1,0 +1,260 @@
+"""Studies: what is wrong is named in one line, and a run's key changes when its result may."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlrpl.config import Run, Settings, Study, load_study, study_names
+from mlrpl.errors import StudyError
+from mlrpl.methods import METHODS, Method, build, find_method
+
+STUDY = {
+    "name": "small",
+    "title": "A small study",
+    "dataset": {"name": "drawn", "source": "phantom"},
+    "settings": {"patch": [32, 32, 16], "iterations": 10},
+    "runs": [
+        {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": [2, 4]},
+        {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 2},
+    ],
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a study file, with changes, and return its path."""
+
+    def write(text: str | None = None, **changes) -> str:
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump({**STUDY, **changes}) if text is None else text)
+        return str(path)
+
+    return write
+
+
+def complaint(path: str) -> str:
+    with pytest.raises(StudyError) as error:
+        load_study(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_packaged_study_loads_and_its_methods_exist(name):
+    study = load_study(name)
+    assert study.name == name
+    runs = list(study.runs())
+    assert runs
+    for run in runs:
+        assert find_method(run.method)
+        build(run.model_copy(update={"settings": Settings(filters=1)}), 1, 2)  # its options are right
+
+
+def test_the_designs_studies_are_packaged():
+    assert {"smoke", "phantom", "hippocampus", "la-half", "la"} <= set(study_names())
+
+
+def test_the_papers_settings_are_the_defaults():
+    """la leaves all that is published to the defaults: a default that drifts would change it unseen."""
+    settings = load_study("la").settings
+    assert (settings.patch, settings.stride, settings.filters) == ((112, 112, 80), (18, 18, 4), 16)
+    assert (settings.iterations, settings.batch) == (15_000, (2, 2))
+    assert (settings.learning_rate, settings.lr_schedule) == (0.01, "constant")
+    assert (settings.momentum, settings.weight_decay) == (0.9, 1e-4)
+    assert (settings.beta_max, settings.ramp_iterations) == (1, 6000)
+    checks = [k for k in range(1, 15_001) if settings.is_check(k)]
+    assert checks == list(range(800, 15_001, 200))
+    assert settings.augmentation == ("rot90", "flip")
+
+
+def test_runs_come_seed_by_seed_in_the_studys_order(written):
+    study = load_study(written(seeds=[0, 1], runs=[
+        *STUDY["runs"], {"variant": "upper", "method": "vnet", "title": "V-Net", "labelled": 9, "seeds": 1},
+    ]))  # fmt: skip
+    assert [run.name for run in study.runs()] == [
+        "mlrpl-2-s0", "mlrpl-4-s0", "vnet-2-s0", "mlrpl-2-s1", "mlrpl-4-s1", "vnet-2-s1", "upper-9-s1",
+    ]  # fmt: skip
+
+
+def test_a_lines_own_settings_replace_the_studys(written):
+    entry = {"variant": "control", "method": "mlrpl", "title": "Control", "labelled": 2, "settings": {"beta_max": 0}}
+    mlrpl, _, vnet, control = load_study(written(runs=[*STUDY["runs"], entry])).runs()
+    assert (mlrpl.settings.beta_max, vnet.settings.beta_max, control.settings.beta_max) == (1, 1, 0)
+    assert control.settings == mlrpl.settings.model_copy(update={"beta_max": 0.0})
+
+
+def test_an_unknown_study_is_answered_with_the_known_ones():
+    message = complaint("hippocampus2")
+    assert "'hippocampus2'" in message
+    assert all(name in message for name in study_names())
+    assert "nowhere.yaml" in complaint("nowhere.yaml")
+
+
+RUNS = STUDY["runs"]
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"settings": {"iteration": 10}}, "settings.iteration: Extra inputs are not permitted"),
+    ({"settings": {"iterations": "many"}}, "settings.iterations: Input should be a valid integer"),
+    ({"settings": {"iterations": 0}}, "settings.iterations: Input should be greater than 0"),
+    ({"settings": {"patch": [32, 32]}}, "settings.patch"),
+    ({"settings": {"patch": [32, 24, 16]}}, "settings.patch: Value error, every side of the patch must be divisible"),
+    ({"settings": {"augmentation": ["zoom"]}}, "settings.augmentation.0"),
+    ({"settings": {"precision": "half"}}, "settings.precision"),
+    ({"settings": {"momentum": ".9x"}}, "settings.momentum"),
+    ({"title": None}, "title: Input should be a valid string"),
+    ({"name": "no spaces please"}, "name: String should match pattern"),
+    ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+    ({"dataset": {"name": "drawn"}}, "dataset.source: Field required"),
+    ({"dataset": {"name": "drawn", "source": "phantom", "step": 0}}, "dataset.step"),
+    ({"distances": "inches"}, "distances: Input should be 'voxels' or 'mm'"),
+    ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
+    ({"runs": []}, "runs: Tuple should have at least 1 item"),
+    ({"runs": [{**RUNS[0], "labelled": []}]}, "runs.0.labelled: Tuple should have at least 1 item"),
+    ({"runs": [{**RUNS[0], "labelled": 0}]}, "runs.0.labelled.0: Input should be greater than 0"),
+    ({"runs": [{**RUNS[0], "setting": {}}]}, "runs.0.setting: Extra inputs are not permitted"),
+    ({"runs": [{**RUNS[0], "settings": {"beta": 1}}]}, "small, mlrpl: beta: Extra inputs are not permitted"),
+    ({"runs": [{**RUNS[0], "settings": {"patch": [20, 32, 16]}}]}, "small, mlrpl: patch: Value error, every side"),
+    ({"paper": [{"title": "MLRPL", "labelled": 8}]}, "paper.0.dice: Field required"),
+], ids=lambda value: None if isinstance(value, dict) else value.split(":")[0])  # fmt: skip
+def test_a_wrong_setting_is_named_in_one_line(written, changes, expected):
+    message = complaint(written(**changes))
+    assert expected in message
+    assert "small" in message
+
+
+def test_the_first_of_several_problems_is_named_and_the_others_counted(written):
+    message = complaint(written(settings={"iterations": "many", "filters": -1, "colour": 1}))
+    assert "settings.filters" in message
+    assert message.endswith("(and 2 more)")
+
+
+def test_two_runs_of_one_name_are_refused(written):
+    assert "two runs are named mlrpl-4-s0" in complaint(written(runs=[*RUNS, {**RUNS[0], "labelled": 4}]))
+    assert "two runs are named mlrpl-2-s0" in complaint(written(runs=[{**RUNS[0], "labelled": [2, 2]}]))
+
+
+@pytest.mark.parametrize("text", ["name: [unclosed", "a: b: c", "\tname: x", ""], ids=range(4))
+def test_a_file_that_is_no_study_is_named(written, text):
+    message = complaint(written(text))
+    assert message.startswith("study file small.yaml: ")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "study.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert complaint(str(tmp_path / "study.yaml")).startswith("study file study.yaml: ")
+
+
+def test_a_relative_path_is_read_from_where_the_command_is_typed(written, tmp_path, monkeypatch):
+    written()
+    monkeypatch.chdir(tmp_path)
+    assert load_study("small.yaml").title == "A small study"
+
+
+# Keys.
+
+
+def example(**changes) -> Run:
+    settings = Settings.model_validate({"iterations": 10, **changes.pop("settings", {})})
+    content = {"study": "small", "variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 2, "seed": 0}
+    return Run.model_validate({**content, "settings": settings, **changes})
+
+
+def key(run: Run, fingerprint: str = "0123456789abcdef", version: int = 1) -> str:
+    return run.key(fingerprint, version, find_method(run.method).options())
+
+
+def test_a_key_is_sixteen_hexadecimal_digits_and_always_the_same():
+    assert len(key(example())) == 16
+    int(key(example()), 16)
+    assert key(example()) == key(example())
+
+
+OTHER = {
+    "patch": (64, 64, 64), "stride": (9, 9, 9), "augmentation": (), "filters": 8, "iterations": 11, "batch": (1, 2),
+    "learning_rate": 0.1, "lr_schedule": "poly", "momentum": 0.8, "weight_decay": 0.0, "beta_max": 0.5,
+    "ramp_iterations": 300, "check_from": 5, "check_every": 5, "precision": "float32", "threads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_in_the_key(name):
+    assert key(example(settings={name: OTHER[name]})) != key(example())
+
+
+@pytest.mark.parametrize("changes", [
+    {"method": "vnet"}, {"labelled": 3}, {"seed": 1}, {"options": {"gamma": 0.1}}, {"options": {"selection": "all"}},
+], ids=str)  # fmt: skip
+def test_what_else_a_result_depends_on_is_in_the_key(changes):
+    assert key(example(**changes)) != key(example())
+
+
+def test_data_and_code_version_are_in_the_key():
+    assert key(example(), fingerprint="fedcba9876543210") != key(example())
+    assert key(example(), version=2) != key(example())
+
+
+@pytest.mark.parametrize("changes", [{"title": "Ours"}, {"variant": "ours"}, {"study": "other"}], ids=str)
+def test_names_for_people_are_not_in_the_key(changes):
+    assert key(example(**changes)) == key(example())
+
+
+def test_a_spelled_out_default_is_no_change():
+    defaults = Settings(iterations=10).model_dump()
+    assert key(example(settings=defaults)) == key(example())
+    assert key(example(settings={"beta_max": 1, "patch": [112, 112, 80]})) == key(example())
+    options = {"gamma": 0.5, "selection": "wr", "upsamplings": ["deconv", "nearest"]}
+    assert key(example(options=options)) == key(example())
+
+
+def test_a_study_knows_its_settings_by_their_values():
+    """The same study written twice, once with defaults spelled out, is the same runs."""
+    spelled = {**STUDY, "settings": Settings.model_validate(STUDY["settings"]).model_dump(mode="json"), "seeds": [0]}
+    first, second = (list(Study.model_validate(content).runs()) for content in (STUDY, spelled))
+    assert first == second
+
+
+# Methods by name.
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("unet", "no method 'unet': choose one of vnet, mlrpl"),
+    ("nowhere_to_be_found:Mine", "method 'nowhere_to_be_found:Mine': No module named"),
+    ("mlrpl.config:Nothing", "method 'mlrpl.config:Nothing'"),
+    ("mlrpl.config:Settings", "no method 'mlrpl.config:Settings'"),
+    ("mlrpl.methods", "no method 'mlrpl.methods'"),
+])  # fmt: skip
+def test_an_unknown_method_is_answered_in_one_line(name, expected):
+    with pytest.raises(StudyError) as error:
+        find_method(name)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):
+    Path(tmp_path / "my_own_method.py").write_text(
+        "from mlrpl.methods import Method\nclass Mine(Method):\n    result_version = 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_method("my_own_method:Mine")
+    assert issubclass(found, Method)
+    assert found.result_version == 7
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"gama": 0.3}, "run mlrpl-2-s0: mlrpl has no option 'gama' (it has: gamma, selection"),
+    ({"upsamplings": ["deconv", "cubic"]}, "run mlrpl-2-s0: unknown up-sampling 'cubic'"),
+    ({"selection": "best"}, "run mlrpl-2-s0: unknown selection 'best'"),
+    ({"weighting": "best"}, "run mlrpl-2-s0: unknown weighting 'best'"),
+    ({"selection": "threshold"}, "run mlrpl-2-s0: selection \"threshold\" needs a threshold"),
+])  # fmt: skip
+def test_a_wrong_option_is_named_before_anything_is_trained(options, expected):
+    with pytest.raises(StudyError) as error:
+        build(example(options=options, settings={"filters": 1}), 1, 2)
+    assert expected in str(error.value)
+
+
+def test_every_method_says_its_name_in_the_table_of_methods():
+    assert {"vnet", "mlrpl"} <= set(METHODS)
+    assert all(issubclass(method, Method) for method in METHODS.values())

@@ -1,0 +1,123 @@
+"""The network: sizes of the paper, what goes in and comes out, and the layout that changes no value."""
+
+import pytest
+import torch
+
+from mlrpl.networks import VNet, count_parameters, to_channels_last
+
+KINDS = ("deconv", "nearest", "trilinear")
+
+
+def tiny(upsamplings: tuple[str, ...] = ("deconv", "nearest"), **arguments) -> VNet:
+    torch.manual_seed(0)
+    return VNet(filters=2, upsamplings=upsamplings, **arguments)
+
+
+@pytest.mark.parametrize(("upsamplings", "expected"), [
+    (("deconv",), 9_448_866),
+    (("deconv", "nearest"), 12_347_716),
+    (("deconv", "nearest", "trilinear"), 15_246_566),
+])  # fmt: skip
+def test_parameter_counts_are_the_papers(upsamplings, expected):
+    assert count_parameters(VNet(1, 2, 16, upsamplings)) == expected
+
+
+def test_only_trainable_parameters_are_counted():
+    network = tiny()
+    everything = count_parameters(network)
+    head = network.decoders[1].head.requires_grad_(False)
+    assert count_parameters(network) == everything - sum(p.numel() for p in head.parameters())
+
+
+@pytest.mark.parametrize("upsamplings", [*[(kind,) for kind in KINDS], KINDS[:2], KINDS], ids="+".join)
+def test_every_decoder_returns_logits_and_features_of_the_patch(upsamplings):
+    network = tiny(upsamplings, in_channels=3, num_classes=4)
+    logits, features = network(torch.randn(2, 3, 32, 16, 48))
+    assert [z.shape for z in logits] == [(2, 4, 32, 16, 48)] * len(upsamplings)
+    assert [f.shape for f in features] == [(2, 2, 32, 16, 48)] * len(upsamplings)
+    for decoder, z, f in zip(network.decoders, logits, features, strict=True):
+        assert torch.equal(decoder.head(f), z)  # the features are what the head is given, after dropout
+
+
+def test_decoders_differ_in_how_they_upsample():
+    network = tiny(KINDS).eval()
+    logits, _ = network(torch.randn(1, 1, 16, 16, 16))
+    assert not torch.equal(logits[0], logits[1])
+    resizings = [type(decoder.ups[0][0]).__name__ for decoder in network.decoders]
+    assert resizings == ["ConvTranspose3d", "Upsample", "Upsample"]
+    assert [decoder.ups[0][0].mode for decoder in network.decoders[1:]] == ["nearest", "trilinear"]
+    assert network.decoders[2].ups[0][0].align_corners
+
+
+def test_one_decoder_runs_the_first_alone():
+    network = tiny().eval()
+    network.decoders[1].register_forward_pre_hook(lambda *_: pytest.fail("the second decoder ran"))
+    image = torch.randn(1, 1, 16, 16, 16)
+    logits, features = network(image, decoders=1)
+    assert len(logits) == len(features) == 1
+    with pytest.raises(pytest.fail.Exception, match="second decoder"):
+        network(image)
+
+
+def test_a_batch_of_one_decoder_is_the_first_of_both():
+    network = tiny().eval()
+    image = torch.randn(2, 1, 16, 16, 16)
+    assert torch.equal(network(image, decoders=1)[0][0], network(image)[0][0])
+
+
+@pytest.mark.parametrize("patch", [(24, 16, 16), (16, 16, 8), (112, 112, 79)])
+def test_a_patch_that_cannot_be_halved_four_times_is_refused(patch):
+    with pytest.raises(ValueError, match=r"every side must be divisible by 16") as error:
+        tiny()(torch.zeros(1, 1, *patch))
+    assert str(patch) in str(error.value)
+
+
+def test_an_unknown_upsampling_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"'cubic'.*deconv, nearest or trilinear"):
+        tiny(("deconv", "cubic"))
+
+
+def test_channels_last_gives_the_same_values_and_gradients():
+    image = torch.randn(2, 1, 32, 16, 16)
+    results = []
+    for arrange in (lambda module: module, to_channels_last):
+        network = arrange(tiny(KINDS)).eval()
+        logits, _ = network(image if arrange is not to_channels_last else
+                            image.to(memory_format=torch.channels_last_3d))  # fmt: skip
+        sum(z.square().mean() for z in logits).backward()
+        results.append((logits, [p.grad for p in network.parameters()]))
+    (plain, plain_gradients), (last, last_gradients) = results
+    torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(last_gradients, plain_gradients, rtol=1e-3, atol=1e-6)
+    assert network.encoder.stages[1][0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_dropout_is_drawn_in_training_only_and_can_be_left_out():
+    image = torch.randn(2, 1, 16, 16, 16)
+    network = tiny().train()
+    torch.manual_seed(1)
+    first = network(image)[1][0]
+    assert not torch.equal(network(image)[1][0], first)
+    torch.manual_seed(1)
+    assert torch.equal(network(image)[1][0], first)
+    network.eval()
+    assert torch.equal(network(image)[1][0], network(image)[1][0])
+    without = tiny(dropout=False).train()
+    assert torch.equal(without(image)[1][0], without(image)[1][0])
+
+
+def test_every_encoder_map_reaches_the_logits():
+    network = tiny(("deconv",)).eval()
+    maps = network.encoder(torch.randn(1, 1, 16, 16, 16))
+    whole = network.decoders[0](maps)[0]
+    for level in range(len(maps)):
+        changed = [m * 2 if i == level else m for i, m in enumerate(maps)]
+        assert not torch.equal(network.decoders[0](changed)[0], whole)
+
+
+def test_levels_are_the_decoders_maps_from_an_eighth_to_full_resolution():
+    network = tiny(("nearest",)).eval()
+    maps = network.encoder(torch.randn(1, 1, 32, 32, 16))
+    assert [tuple(m.shape[1:]) for m in network.decoders[0].levels(maps)] == [
+        (16, 4, 4, 2), (8, 8, 8, 4), (4, 16, 16, 8), (2, 32, 32, 16),
+    ]  # fmt: skip
