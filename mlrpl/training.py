@@ -80,9 +80,9 @@ def find_device(name: str | None = None) -> torch.device:
 
 def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Generator:
     """Seed PyTorch's global generators for one iteration (0: initialisation); returns a generator for the method."""
-    state = int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(state)
-    return torch.Generator(device).manual_seed(state)
+    states = np.random.SeedSequence([seed, iteration]).generate_state(2, np.uint64) >> 1
+    torch.manual_seed(int(states[0]))
+    return torch.Generator(device).manual_seed(int(states[1]))
 
 
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
