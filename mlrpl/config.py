@@ -6,7 +6,7 @@ training each. A run's key is a hash of all that its result depends on: two runs
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +20,7 @@ from mlrpl.networks import STRIDE
 Side = Annotated[int, Field(gt=0)]
 Sides = tuple[Side, Side, Side]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
 
 class Model(BaseModel):
@@ -135,19 +135,22 @@ class Run(Model):
         """For people: variant, number of labelled cases, seed."""
         return f"{self.variant}-{self.labelled}-s{self.seed}"
 
-    def key(self, fingerprint: str, result_version: int, defaults: dict[str, Any]) -> str:
+    def key(
+        self, fingerprint: str, result_version: int, defaults: dict[str, Any], unused: Collection[str] = ()
+    ) -> str:
         """16 hexadecimal digits that change when, and only when, the result may.
 
         Args:
             fingerprint: of the data (`Store.fingerprint`).
             result_version: of the method's code.
             defaults: the method's option defaults, so that spelling a default out is no change.
+            unused: settings that the method never reads.
         """
         content = {
             "method": self.method,
             "labelled": self.labelled,
             "seed": self.seed,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude=set(unused)),
             "options": {**defaults, **self.options},
             "data": fingerprint,
             "result_version": result_version,

@@ -41,6 +41,11 @@ EVALUATION_VERSION = 1  # raise when evaluation changes what it writes
 POLL_SECONDS = 0.5
 
 
+def relative(path: str) -> str:
+    """An absolute path as seen from here: notebooks and pages show it, and must not name this machine's folders."""
+    return os.path.relpath(path) if os.path.isabs(path) else path
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of a study with its key and folder."""
@@ -84,11 +89,11 @@ class Workplace:
     """
 
     def __init__(self, study: str, runs: str = "runs", results: str = "results", data: str | None = None) -> None:
-        self.given = study
+        self.given = relative(study)
         self.study: Study = load_study(study)
-        self.root = Path(runs)
+        self.root = Path(relative(runs))
         self.runs = self.root / self.study.name
-        self.results = Path(results) / self.study.name
+        self.results = Path(relative(results)) / self.study.name
         self.data = Path(data) if data else None
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> Store:
@@ -118,7 +123,7 @@ class Workplace:
             method = find_method(run.method)
             build(run, self.store.channels, len(self.store.classes))
             split_training(run, self.store, method.uses_unlabelled)
-            key = run.key(self.store.fingerprint, method.result_version, method.options())
+            key = run.key(self.store.fingerprint, method.result_version, method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.get(key) or next(self.runs.glob(f"*-{key[:8]}"), self.runs / f"{run.name}-{key[:8]}")
             folders[key] = folder

@@ -219,7 +219,7 @@ def test_a_study_knows_its_settings_by_their_values():
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("unet", "no method 'unet': choose one of vnet, mlrpl"),
+    ("unet", "no method 'unet': choose one of vnet, "),
     ("nowhere_to_be_found:Mine", "method 'nowhere_to_be_found:Mine': No module named"),
     ("mlrpl.config:Nothing", "method 'mlrpl.config:Nothing'"),
     ("mlrpl.config:Settings", "no method 'mlrpl.config:Settings'"),

@@ -31,6 +31,7 @@ class Method(nn.Module):
         result_version: raise it when a change of code changes results, and old runs are no longer taken as finished.
         uses_unlabelled: False for a method whose batches are all labelled.
         outputs: what `predict` offers, of `OUTPUTS`.
+        unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
 
     Args:
         settings: what the study sets.
@@ -41,6 +42,7 @@ class Method(nn.Module):
     result_version: ClassVar[int] = 1
     uses_unlabelled: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = OUTPUTS
+    unused_settings: ClassVar[frozenset[str]] = frozenset()
     network: VNet
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:

@@ -1,0 +1,490 @@
+"""A whole study by the command: what it leaves, what it does not do twice, and what it does after trouble.
+
+Every `reproduce` starts several Jupyter kernels, so two tiny studies are reproduced once for all tests, and tests that
+change something do so in a copy.
+"""
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+
+from mlrpl.results import Results, collect
+from mlrpl.study import Workplace, pending
+from mlrpl.training import load
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+TINY = {
+    "name": "tiny",
+    "title": "A tiny study",
+    "about": "To be read by a test.",
+    "dataset": {"name": "drawn", "source": "phantom", "options": {"train": 3, "test": 1, "size": [24, 24, 16]}},
+    "settings": {
+        "patch": [16, 16, 16], "stride": [8, 8, 16], "filters": 2, "iterations": 6, "ramp_iterations": 150,
+        "check_from": 2, "check_every": 2,
+    },
+    "runs": [
+        {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1},
+        {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
+    ],
+}  # fmt: skip
+
+# Methods that are not part of the package. PAUSE slows training down, and lets every iteration end in a checkpoint.
+OWN_METHODS = """
+import os
+import time
+from mlrpl import training
+from mlrpl.methods.mlrpl import MLRPL
+
+PAUSE = float(os.environ.get("PAUSE", 0))
+if PAUSE:
+    training.CHECKPOINT_SECONDS = -1
+
+class Own(MLRPL):
+    def __init__(self, settings, in_channels, num_classes, sharpness: float = 2.0):
+        super().__init__(settings, in_channels, num_classes, weighting="none")
+        self.sharpness = sharpness
+
+    def loss(self, batch, step):
+        time.sleep(PAUSE)
+        terms = super().loss(batch, step)
+        terms["total"] = terms["supervised"] ** self.sharpness
+        return terms
+
+class Broken(MLRPL):
+    def loss(self, batch, step):
+        raise RuntimeError("this method is broken\\nand says so on two lines")
+"""
+OWN = {
+    **TINY, "name": "own", "title": "Own methods", "settings": {**TINY["settings"], "iterations": 30},
+    "runs": [
+        {"variant": "broken", "method": "own_methods:Broken", "title": "Broken", "labelled": 1},
+        {"variant": "own", "method": "own_methods:Own", "title": "Own", "labelled": 1, "options": {"sharpness": 1.5}},
+    ],
+}  # fmt: skip
+
+
+def write(folder: Path, study: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{study['name']}.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    (folder / "own_methods.py").write_text(OWN_METHODS)
+    return f"{study['name']}.yaml"
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> dict[str, Any]:
+    """Arguments for subprocess; own methods are found in the folder that the command is typed in, and one above."""
+    path = os.pathsep.join(map(str, (cwd, cwd.parent)))
+    return {
+        "args": [sys.executable, "-m", "mlrpl", "reproduce", *arguments, "--device", "cpu"],
+        "cwd": cwd, "env": {**os.environ, "PYTHONPATH": path, **environment}, "text": True,
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
+    }  # fmt: skip
+
+
+def reproduce(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
+    """What the command prints; its exit code is checked."""
+    done = subprocess.run(**command(*arguments, cwd=cwd, **environment), timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and bytes of every file but locks."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock" and path.suffix != ".lock"
+    }
+
+
+def run_folder(folder: Path, run: str) -> Path:
+    (found,) = (folder / "runs").glob(f"*/{run}-????????")
+    return found
+
+
+def assert_same_result(first: Path, second: Path, run: str) -> None:
+    """Weights, rows and checks are equal to the last bit, the log but for its seconds."""
+    a, b = run_folder(first, run), run_folder(second, run)
+    assert a.name == b.name
+    for name in ("metrics.csv", "checks.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    for name in ("last.pt", "published.pt"):
+        ours, theirs = load(a / name, CPU), load(b / name, CPU)
+        assert ours["iteration"] == theirs["iteration"]
+        assert ours["method"].keys() == theirs["method"].keys()
+        assert all(torch.equal(ours["method"][key], theirs["method"][key]) for key in ours["method"])
+    logs = [pd.read_csv(folder / "log.csv", dtype=str).drop(columns="seconds") for folder in (a, b)]
+    pd.testing.assert_frame_equal(*logs)
+    assert list(logs[0]["iteration"].astype(int)) == list(range(1, len(logs[0]) + 1))
+
+
+def assert_says_nothing_of_this_machine(folder: Path, *more: Path) -> None:
+    secrets = [str(p) for p in (folder, ROOT, Path(sys.prefix), Path.home(), *more) if len(p.parts) > 1]
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".yaml"):
+            data = path.read_bytes()
+            assert not [s for s in secrets if re.search(re.escape(s.encode()) + rb"\b", data)], path
+
+
+@dataclass
+class Done:
+    """A reproduced study; not to be changed."""
+
+    folder: Path
+    said: str
+
+    def copy(self, folder: Path, *names: str) -> Path:
+        for name in names or [path.name for path in self.folder.iterdir()]:
+            source = self.folder / name
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Done:
+    folder = tmp_path_factory.mktemp("tiny")
+    return Done(folder, reproduce(write(folder, TINY), cwd=folder))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Done:
+    folder = tmp_path_factory.mktemp("own")
+    return Done(folder, reproduce(write(folder, OWN), cwd=folder, code=1))
+
+
+# What a study leaves.
+
+
+def test_the_command_says_where_the_report_is_and_prints_the_table(tiny):
+    assert "4 cases; 2 runs, 2 to do" in tiny.said
+    assert "Report: results/tiny/index.html" in tiny.said
+    rows = [line for line in tiny.said.splitlines() if line.startswith("|")]
+    assert [("V-Net" in row, "MLRPL" in row) for row in rows[2:]] == [(True, False), (False, True), (False, True)]
+
+
+def test_the_results_folder_holds_rows_tables_figures_and_pages(tiny):
+    made = set(files(tiny.folder / "results"))
+    assert {f"tiny/{name}.csv" for name in ("metrics", "runs", "curves", "checks")} <= made
+    assert {"tiny/tables/comparison.csv", "tiny/tables/comparison.md", "tiny/tables/optimism.csv"} <= made
+    figures = ("montage", "intensities", "volumes", "distributions", "learning-curves", "checks", "contours")
+    assert {f"tiny/figures/{name}.png" for name in figures} <= made
+    pages = {"index", "01-data", "04-compare", *(f"runs/{run}-1-s0-{stage}" for run in ("vnet", "mlrpl")
+                                                 for stage in ("train", "evaluate"))}  # fmt: skip
+    assert {f"tiny/{page}.html" for page in pages} | {"index.html"} == {name for name in made if name.endswith("html")}
+    assert {"tiny/provenance.json"} <= made
+    assert [name for name in made if "/." in name or name.endswith((".ipynb", ".pt", ".npz"))] == []
+
+
+def test_rows_are_tidy_and_complete(tiny):
+    results = Results.load(tiny.folder / "results" / "tiny")
+    assert list(results.metrics.columns) == [
+        "study", "method", "variant", "labelled", "seed", "selection", "output", "case", "class",
+        "dice", "jaccard", "hd95", "asd",
+    ]  # fmt: skip
+    found = set(results.metrics[["variant", "selection", "output", "case", "class"]].itertuples(index=False, name=None))
+    assert found == {
+        (variant, selection, output, "test-000", "atrium")
+        for variant, outputs in (("vnet", ["decoder1"]), ("mlrpl", ["decoder1", "mean"]))
+        for output in outputs
+        for selection in ("last", "published")
+    }
+    assert len(results.metrics) == len(found)
+    assert results.metrics["dice"].between(0, 1).all()
+    assert list(results.runs["run"]) == ["vnet-1-s0", "mlrpl-1-s0"]
+    assert list(results.runs["title"]) == ["V-Net", "MLRPL"]
+    assert not results.runs["adopted"].any()
+    for run, curve in results.curves.groupby("run"):
+        assert list(curve["iteration"]) == list(range(1, 7)), run
+        assert curve["mutual"].isna().all() == curve["beta"].isna().all() == (run == "vnet-1-s0")
+    assert list(results.checks["iteration"]) == [2, 4, 6] * 2
+
+
+def test_the_published_selections_dice_is_its_best_check(tiny):
+    results = Results.load(tiny.folder / "results" / "tiny")
+    best = results.checks.groupby("run")["dice"].max()
+    rows = results.metrics.query("selection == 'published' and output == 'decoder1'").set_index("variant")["dice"]
+    for variant, dice in rows.items():
+        assert dice == pytest.approx(best[f"{variant}-1-s0"], abs=1e-5)
+
+
+class Links(HTMLParser):
+    """Targets of a page."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("href", "src") and value]
+
+
+def test_pages_link_to_one_another_and_load_nothing_from_a_network(tiny):
+    linked = set()
+    for page in (tiny.folder / "results").rglob("*.html"):
+        for link in Links(page).found:
+            if not link.startswith(("#", "data:", "https://", "http://", "mailto:")):
+                target = (page.parent / link.partition("#")[0]).resolve()
+                assert target.is_file(), (page.name, link)
+                linked.add(target)
+    pages = {path.resolve() for path in (tiny.folder / "results").rglob("*.html")}
+    assert pages <= linked  # every page can be reached
+
+
+def test_the_report_shows_the_studys_words_and_numbers(tiny):
+    text = (tiny.folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    for words in ("A tiny study", "To be read by a test.", "V-Net", "MLRPL", "drawn by mlrpl.data.phantom"):
+        assert words in text, words
+    row = Results.load(tiny.folder / "results/tiny").metrics.query("variant == 'mlrpl' and output == 'mean'").iloc[0]
+    assert f"{100 * row['dice']:.2f}" in text
+
+
+def test_executed_notebooks_are_those_of_the_repository(tiny):
+    page = (tiny.folder / "results/tiny/runs/mlrpl-1-s0-train.html").read_text(encoding="utf-8")
+    assert "mlrpl-1-s0" in page
+    assert "place.train" in re.sub(r"<[^>]+>", "", page)
+
+
+def test_nothing_names_a_folder_of_this_machine(tiny):
+    assert_says_nothing_of_this_machine(tiny.folder)
+
+
+def test_provenance_says_what_the_results_were_made_with(tiny):
+    provenance = yaml.safe_load((tiny.folder / "results/tiny/provenance.json").read_text(encoding="utf-8"))
+    assert provenance["data"]["fingerprint"]
+    for run in ("vnet-1-s0", "mlrpl-1-s0"):
+        facts = provenance["runs"][run]
+        assert facts["key"][:8] == run_folder(tiny.folder, run).name[-8:]
+        assert {"commit", "device", "packages", "precision", "seconds", "threads"} <= facts["train"].keys()
+
+
+# What is not done twice.
+
+
+def test_the_same_command_does_nothing_the_second_time_and_says_so(tiny, tmp_path):
+    folder = tiny.copy(tmp_path)
+    before = {name: files(folder / name) for name in ("results", "runs")}
+    said = reproduce("tiny.yaml", cwd=folder)
+    assert "2 runs, 0 to do" in said
+    assert "nothing to do: every run is finished and the report is up to date" in said
+    assert "Report: results/tiny/index.html" in said
+    assert {name: files(folder / name) for name in ("results", "runs")} == before
+
+
+def test_a_changed_setting_runs_what_it_affects_and_nothing_else(tiny, tmp_path):
+    folder = tiny.copy(tmp_path)
+    vnet, mlrpl = TINY["runs"]
+    write(folder, {**TINY, "runs": [vnet, {**mlrpl, "settings": {"beta_max": 0.5}}]})
+    before = files(folder / "runs")
+    said = reproduce("tiny.yaml", cwd=folder)
+    assert "2 runs, 1 to do" in said
+    assert "mlrpl-1-s0: finished" in said
+    assert "Against the rows that were in results/" in said
+    after = files(folder / "runs")
+    touched = {name for name in after if after[name] != before.get(name)}
+    new = {name.split("/")[1] for name in touched if name.count("/") > 1}
+    assert len(new) == 1 and new.pop().startswith("mlrpl-1-s0-")
+    assert {name for name in touched if name.count("/") == 1} <= {"tiny/04-compare.ipynb", "tiny/report.json"}
+    assert before.keys() <= after.keys()  # the old run stays, should the setting be changed back
+    old, now = (Results.load(at / "results/tiny").runs.set_index("variant")["key"] for at in (tiny.folder, folder))
+    assert old["vnet"] == now["vnet"]
+    assert old["mlrpl"] != now["mlrpl"]
+
+
+def test_a_changed_title_runs_nothing_but_renews_the_report(tiny, tmp_path):
+    folder = tiny.copy(tmp_path)
+    write(folder, {**TINY, "title": "Another headline"})
+    before = files(folder / "runs")
+    said = reproduce("tiny.yaml", cwd=folder)
+    assert "2 runs, 0 to do" in said
+    assert "nothing to do" not in said
+    assert "Another headline" in (folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    after = files(folder / "runs")
+    assert {n for n in after if after[n] != before.get(n)} == {"tiny/04-compare.ipynb", "tiny/report.json"}
+    assert (folder / "results/tiny/metrics.csv").read_bytes() == (tiny.folder / "results/tiny/metrics.csv").read_bytes()
+
+
+@pytest.fixture
+def place(tiny, tmp_path, monkeypatch):
+    """What is to do in a copy of the tiny study after a change, without doing it."""
+    folder = tiny.copy(tmp_path)
+    monkeypatch.chdir(folder)
+
+    def to_do(only: str | None = None, adopted: frozenset[str] = frozenset(), **changes) -> list[str]:
+        write(folder, {**TINY, **changes})
+        return [job.run.name for job in pending(Workplace("tiny.yaml"), only, set(adopted))]
+
+    to_do.folder = folder
+    return to_do
+
+
+def test_what_is_to_do_follows_the_settings(place):
+    vnet, mlrpl = TINY["runs"]
+    both = ["vnet-1-s0", "mlrpl-1-s0"]
+    assert place() == []
+    assert place(title="Other", about="Other", distances="voxels") == []
+    assert place(runs=[{**vnet, "title": "U-Net"}, {**mlrpl, "variant": "ours"}]) == []
+    assert place(runs=[vnet, {**mlrpl, "options": {"gamma": 0.5}}]) == []  # the default, spelled out
+    assert place(runs=[vnet, {**mlrpl, "options": {"gamma": 0.4}}]) == ["mlrpl-1-s0"]
+    assert place(runs=[vnet, mlrpl, {**mlrpl, "variant": "two", "labelled": 2}]) == ["two-2-s0"]
+    assert place(seeds=[0, 1]) == ["vnet-1-s1", "mlrpl-1-s1"]
+    assert place(settings={**TINY["settings"], "iterations": 7}) == both
+    assert place(dataset={**TINY["dataset"], "options": {**TINY["dataset"]["options"], "seed": 1}}) == both
+
+
+def test_two_runs_of_one_key_are_one_job(place):
+    mlrpl = TINY["runs"][1]
+    assert place(runs=[{**mlrpl, "labelled": 2}, {**mlrpl, "variant": "twin", "labelled": 2}]) == ["mlrpl-2-s0"]
+
+
+def test_a_twin_has_the_rows_of_its_run_under_its_own_name(place):
+    mlrpl = TINY["runs"][1]
+    assert place(runs=[mlrpl, {**mlrpl, "variant": "twin", "title": "Twin"}]) == []
+    found = collect(Workplace("tiny.yaml").jobs, Results.load(Path("results/tiny")), adopt=False)
+    assert set(found.metrics["variant"]) == {"mlrpl", "twin"}
+    rows = [group.drop(columns="variant").reset_index(drop=True) for _, group in found.metrics.groupby("variant")]
+    pd.testing.assert_frame_equal(*rows)
+    assert list(found.runs["title"]) == ["MLRPL", "Twin"]
+
+
+def test_only_chooses_by_any_of_several_texts(place):
+    settings = {**TINY["settings"], "iterations": 7}
+    assert place("mlrpl", settings=settings) == ["mlrpl-1-s0"]
+    assert place("vnet,mlrpl", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
+    assert place("s0,nothing", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
+    assert place("nothing", settings=settings) == []
+
+
+@pytest.mark.parametrize("lost", [
+    "last.pt", "published.pt", "log.csv", "checks.csv", "metrics.csv", "provenance.json", "02-train.ipynb",
+])  # fmt: skip
+def test_a_run_that_lost_a_file_is_not_finished(place, lost):
+    (run_folder(place.folder, "mlrpl-1-s0") / lost).unlink()
+    assert place() == ["mlrpl-1-s0"]
+
+
+def test_a_method_of_a_newer_result_version_is_run_again(place, monkeypatch):
+    from mlrpl.methods.mlrpl import MLRPL
+
+    monkeypatch.setattr(MLRPL, "result_version", MLRPL.result_version + 1)
+    assert place() == ["mlrpl-1-s0"]
+
+
+def test_jobs_do_not_change_results_and_absolute_paths_are_not_shown(tiny, tmp_path):
+    """One run at a time, typed in another folder with absolute paths."""
+    write(tmp_path / "place", TINY)
+    (tmp_path / "place/elsewhere").mkdir()
+    paths = [str(tmp_path / "place" / name) for name in ("tiny.yaml", "runs", "results")]
+    reproduce(paths[0], "--jobs", "1", "--runs", paths[1], "--results", paths[2], cwd=tmp_path / "place/elsewhere")
+    for run in ("vnet-1-s0", "mlrpl-1-s0"):
+        assert_same_result(tmp_path / "place", tiny.folder, run)
+    rows = "results/tiny/metrics.csv"
+    assert (tmp_path / "place" / rows).read_bytes() == (tiny.folder / rows).read_bytes()
+    assert_says_nothing_of_this_machine(tmp_path / "place", tmp_path)
+
+
+def test_adopted_rows_are_taken_as_finished_and_marked(tiny, tmp_path):
+    folder = tiny.copy(tmp_path, "results", "tiny.yaml")
+    said = reproduce("tiny.yaml", "--adopt", cwd=folder)
+    assert "2 runs, 0 to do" in said
+    assert "adopted from results/tiny/: vnet-1-s0, mlrpl-1-s0" in said
+    assert [path for path in folder.rglob("*") if path.name in ("log.csv", "checkpoint.pt", "last.pt")] == []
+    first, adopted = (Results.load(place / "results/tiny") for place in (tiny.folder, folder))
+    pd.testing.assert_frame_equal(adopted.metrics, first.metrics)
+    pd.testing.assert_frame_equal(adopted.checks, first.checks)
+    assert adopted.runs["adopted"].all()
+    assert list(adopted.runs["key"]) == list(first.runs["key"])
+    assert "adopted" in (folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    before = files(folder / "results")
+    assert "nothing to do" in reproduce("tiny.yaml", "--adopt", cwd=folder)
+    assert files(folder / "results") == before
+
+
+def test_only_rows_of_the_same_key_are_adopted(place):
+    committed = Results.load(Path("results/tiny"))
+    shutil.rmtree("runs/tiny")
+    keys = frozenset(committed.keys())
+    assert place(adopted=keys) == []
+    vnet, mlrpl = TINY["runs"]
+    assert place(adopted=keys, runs=[vnet, {**mlrpl, "settings": {"beta_max": 0}}]) == ["mlrpl-1-s0"]
+    found = collect(Workplace("tiny.yaml").jobs, committed, adopt=True)
+    assert list(found.runs["run"]) == ["vnet-1-s0"]
+    assert set(found.metrics["variant"]) == {"vnet"}
+    assert len(collect(Workplace("tiny.yaml").jobs, committed, adopt=False)) == 0
+
+
+# Trouble.
+
+
+def test_a_failing_run_is_listed_and_the_others_go_on(own):
+    """The other one, a method defined outside the package, is trained and reported."""
+    assert "1 runs failed" in own.said
+    reason = "broken-1-s0: RuntimeError: this method is broken (see 02-train.failed.ipynb)"
+    assert own.said.rstrip().splitlines()[-1].strip() == reason
+    failed = run_folder(own.folder, "broken-1-s0")
+    assert not (failed / "last.pt").exists()
+    assert not (failed / "02-train.ipynb").exists()
+    assert "this method is broken" in (failed / "02-train.failed.ipynb").read_text(encoding="utf-8")
+    results = Results.load(own.folder / "results/own")
+    assert list(results.runs["run"]) == ["own-1-s0"]
+    assert set(results.metrics["method"]) == {"own_methods:Own"}
+    assert "1 of 2 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert_says_nothing_of_this_machine(own.folder)
+
+
+def test_a_method_from_outside_trains_with_its_options(own):
+    log = pd.read_csv(run_folder(own.folder, "own-1-s0") / "log.csv")
+    assert len(log) == 30
+    assert list(log["total"]) == pytest.approx(list(log["supervised"] ** 1.5), rel=1e-5)
+
+
+def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
+    """kill -9 of the command alone, while a run trains: its processes end, and the next command resumes."""
+    write(tmp_path, OWN)
+    process = subprocess.Popen(**command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2"))
+    folder, children = None, []
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            folder = next((tmp_path / "runs/own").glob("own-1-s0-*"), None)
+            if folder and (folder / "checkpoint.pt").exists() and load(folder / "checkpoint.pt", CPU)["iteration"] >= 3:
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2  # the run and its kernel
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    done = load(folder / "checkpoint.pt", CPU)["iteration"]
+    assert 3 <= done < 30
+    before = pd.read_csv(io.StringIO((folder / "log.csv").read_text()), dtype=str).head(done)
+
+    said = reproduce("own.yaml", "--only", "own-", cwd=tmp_path)
+    assert "own-1-s0: finished" in said
+    assert not list((tmp_path / "runs").glob("own/broken-*"))
+    log = pd.read_csv(folder / "log.csv", dtype=str)
+    pd.testing.assert_frame_equal(log.head(done), before)  # the seconds too: these iterations were not done again
+    assert_same_result(tmp_path, own.folder, "own-1-s0")
+    rows = "results/own/metrics.csv"
+    assert (tmp_path / rows).read_bytes() == (own.folder / rows).read_bytes()
+    assert [path.name for path in tmp_path.rglob("*.partial*")] == []
