@@ -43,7 +43,7 @@ POLL_SECONDS = 0.5
 
 def relative(path: str) -> str:
     """An absolute path as seen from here: notebooks and pages show it, and must not name this machine's folders."""
-    return os.path.relpath(path) if os.path.isabs(path) else path
+    return os.path.relpath(path) if Path(path).is_absolute() else path
 
 
 @dataclass(frozen=True)
