@@ -33,17 +33,21 @@ def reproduce(
     """Run a study and write its report; what is finished and unchanged is skipped."""
     from mlrpl.reproduce import reproduce as run_study
 
-    failures = run_study(
-        study,
-        data=data,
-        jobs=jobs,
-        device=device,
-        only=only,
-        adopt=adopt,
-        tensorboard=tensorboard,
-        runs=runs,
-        results=results,
-    )
+    try:
+        failures = run_study(
+            study,
+            data=data,
+            jobs=jobs,
+            device=device,
+            only=only,
+            adopt=adopt,
+            tensorboard=tensorboard,
+            runs=runs,
+            results=results,
+        )
+    except KeyboardInterrupt:  # here, since typer ends without a word
+        print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
+        raise typer.Exit(130) from None
     if failures:
         raise typer.Exit(1)
 
@@ -95,6 +99,3 @@ def main() -> None:
         where = Path(error.filename).name if error.filename else "output"
         print(f"mlrpl: {where}: cannot be written ({error.strerror}); make room or allow writing", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
-        sys.exit(130)

@@ -47,7 +47,10 @@ def upsampling(kind: str, in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Five stages; returns their five maps, full resolution first, the bottleneck after Dropout3d 0.5."""
+    """Five stages; returns their five maps, full resolution first, the bottleneck after Dropout3d 0.5.
+
+    Raises ValueError unless every side of the image is divisible by 16.
+    """
 
     def __init__(self, in_channels: int, filters: int, dropout: bool) -> None:
         super().__init__()
@@ -61,6 +64,8 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        if any(side % STRIDE for side in image.shape[2:]):
+            raise ValueError(f"patch {tuple(image.shape[2:])}: every side must be divisible by {STRIDE}")
         maps = [self.stages[0](image)]
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
             maps.append(stage(down(maps[-1])))
@@ -126,8 +131,6 @@ class VNet(nn.Module):
             image: (N, in_channels, x, y, z); every side divisible by 16, else ValueError.
             decoders: run only the first so many; default all.
         """
-        if any(side % STRIDE for side in image.shape[2:]):
-            raise ValueError(f"patch {tuple(image.shape[2:])}: every side must be divisible by {STRIDE}")
         maps = self.encoder(image)
         outputs = [decoder(maps) for decoder in self.decoders[:decoders]]
         return [logits for logits, _ in outputs], [features for _, features in outputs]

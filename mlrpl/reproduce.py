@@ -31,6 +31,7 @@ from mlrpl.study import (
     remove_temporary,
     run_all,
 )
+from mlrpl.training import find_device
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
 
@@ -78,10 +79,12 @@ def reproduce(
         The reason of each failed run; empty where all is well.
 
     Raises:
-        StudyError: for what concerns the whole study: its settings, its data, its folders.
+        StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
     """
     started = time.monotonic()
     place = Workplace(study, runs, results, data)
+    if device:
+        find_device(device)
     _check_writable(place)
     try:
         with FileLock(place.runs / ".lock", timeout=0):
@@ -100,7 +103,8 @@ def _reproduce(
     started: float,
 ) -> dict[str, str]:
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
-    remove_temporary(place.runs)
+    for folder in (place.runs, place.results.parent, place.results, *place.results.glob("*/")):
+        remove_temporary(folder)
     with tqdm(desc="  preparing cases", unit="case", leave=False, disable=None) as bar:
 
         def show(done: int, total: int) -> None:

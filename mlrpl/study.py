@@ -194,15 +194,18 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
         )
     failed = destination.with_suffix(".failed.ipynb")
     with atomic(destination) as partial:
-        working = partial.with_suffix(".ipynb")
+        working = partial.with_name(f"{partial.name}.ipynb")
         try:
+            shutil.copyfile(source, working)  # papermill notes where a notebook came from
             papermill.execute_notebook(
-                os.path.relpath(source),
+                str(working),
                 str(working),
                 parameters=parameters,
                 kernel_name="python3",
                 progress_bar=False,
                 log_output=False,
+                start_timeout=300,  # a busy machine takes its time
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )
             working.replace(partial)
             failed.unlink(missing_ok=True)
@@ -228,6 +231,7 @@ def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bo
     stages = {"train": ("02-train", {**common, "TENSORBOARD": tensorboard}), "evaluate": ("03-evaluate", common)}
     try:
         with FileLock(job.folder / ".lock", timeout=0):
+            remove_temporary(job.folder)
             for stage, (notebook, parameters) in stages.items():
                 if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
                     execute(notebook, job.folder / f"{notebook}.ipynb", **parameters)

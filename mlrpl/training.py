@@ -147,9 +147,11 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """torch.save, atomically."""
+    """torch.save, atomically; by way of memory, since torch.save itself does not say when a disk is full."""
+    data = io.BytesIO()
+    torch.save(content, data)
     with atomic(path) as partial:
-        torch.save(content, partial)
+        partial.write_bytes(data.getbuffer())
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

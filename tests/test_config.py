@@ -162,7 +162,8 @@ def example(**changes) -> Run:
 
 
 def key(run: Run, fingerprint: str = "0123456789abcdef", version: int = 1) -> str:
-    return run.key(fingerprint, version, find_method(run.method).options())
+    method = find_method(run.method)
+    return run.key(fingerprint, version, method.options(), method.unused_settings)
 
 
 def test_a_key_is_sixteen_hexadecimal_digits_and_always_the_same():
@@ -181,6 +182,16 @@ OTHER = {
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_in_the_key(name):
     assert key(example(settings={name: OTHER[name]})) != key(example())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_that_a_method_never_reads_are_not_in_its_key(name):
+    """Whether it reads them is test_training's question."""
+    unused = find_method(name).unused_settings
+    assert unused <= Settings.model_fields.keys()
+    for setting in Settings.model_fields:
+        changed = example(method=name, settings={setting: OTHER[setting]})
+        assert (key(changed) == key(example(method=name))) == (setting in unused), setting
 
 
 @pytest.mark.parametrize("changes", [

@@ -5,13 +5,29 @@ from typing import Any
 
 from mlrpl.config import Run
 from mlrpl.errors import StudyError
+from mlrpl.methods.acmt import ACMT
 from mlrpl.methods.base import OUTPUTS, Method, Step
+from mlrpl.methods.cct import CCT
+from mlrpl.methods.mcnet import MCNet, MCNetPlus
 from mlrpl.methods.mlrpl import MLRPL
+from mlrpl.methods.ssnet import SSNet
+from mlrpl.methods.uamt import UAMT
+from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
 
 __all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method"]
 
-METHODS: dict[str, type[Method]] = {"vnet": SupervisedVNet, "mlrpl": MLRPL}
+METHODS: dict[str, type[Method]] = {
+    "vnet": SupervisedVNet,
+    "uamt": UAMT,
+    "urpc": URPC,
+    "cct": CCT,
+    "mcnet": MCNet,
+    "mcnet_plus": MCNetPlus,
+    "ssnet": SSNet,
+    "acmt": ACMT,
+    "mlrpl": MLRPL,
+}
 
 
 def find_method(name: str) -> type[Method]:
