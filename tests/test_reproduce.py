@@ -134,9 +134,10 @@ def assert_same_result(first: Path, second: Path, run: str) -> None:
     assert list(logs[0]["iteration"].astype(int)) == list(range(1, len(logs[0]) + 1))
 
 
-def assert_says_nothing_of_this_machine(folder: Path, *more: Path) -> None:
-    secrets = [str(p) for p in (folder, ROOT, Path(sys.prefix), Path.home(), *more) if len(p.parts) > 1]
-    for path in folder.rglob("*"):
+def assert_says_nothing_of_this_machine(*folders: Path, where: Path) -> None:
+    """No file names one of these folders, the repository's, the environment's or the user's."""
+    secrets = [str(p) for p in (where, *folders, ROOT, Path(sys.prefix), Path.home()) if len(p.parts) > 1]
+    for path in where.rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".yaml"):
             data = path.read_bytes()
             assert not [s for s in secrets if re.search(re.escape(s.encode()) + rb"\b", data)], path
@@ -262,7 +263,7 @@ def test_executed_notebooks_are_those_of_the_repository(tiny):
 
 
 def test_nothing_names_a_folder_of_this_machine(tiny):
-    assert_says_nothing_of_this_machine(tiny.folder)
+    assert_says_nothing_of_this_machine(where=tiny.folder)
 
 
 def test_provenance_says_what_the_results_were_made_with(tiny):
@@ -399,7 +400,7 @@ def test_jobs_do_not_change_results_and_absolute_paths_are_not_shown(tiny, tmp_p
         assert_same_result(tmp_path / "place", tiny.folder, run)
     rows = "results/tiny/metrics.csv"
     assert (tmp_path / "place" / rows).read_bytes() == (tiny.folder / rows).read_bytes()
-    assert_says_nothing_of_this_machine(tmp_path / "place", tmp_path)
+    assert_says_nothing_of_this_machine(tmp_path, where=tmp_path / "place")
 
 
 def test_adopted_rows_are_taken_as_finished_and_marked(tiny, tmp_path):
@@ -448,7 +449,7 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     assert list(results.runs["run"]) == ["own-1-s0"]
     assert set(results.metrics["method"]) == {"own_methods:Own"}
     assert "1 of 2 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
-    assert_says_nothing_of_this_machine(own.folder)
+    assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 
 def test_a_method_from_outside_trains_with_its_options(own):
