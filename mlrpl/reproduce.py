@@ -344,8 +344,9 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     Returns:
         The views, and one sentence that says how the cases were chosen.
     """
-    local = [job for job in representative(place.jobs) if (job.folder / PREDICTIONS).exists()]
-    local = [job for job in local if job.run.name in set(found.runs["run"])]
+    shown_runs = set(found.runs["run"])
+    at_hand = [job for job in place.jobs if job.run.name in shown_runs and (job.folder / PREDICTIONS).exists()]
+    local = representative(at_hand)
     if not local:
         return [], "No predictions are at hand: all rows were adopted."
     reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])

@@ -23,7 +23,8 @@ import pytest
 import torch
 import yaml
 
-from mlrpl.results import Results, collect
+from mlrpl.reproduce import case_views
+from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
 from mlrpl.training import load
 
@@ -355,6 +356,18 @@ def test_what_is_to_do_follows_the_settings(place):
 def test_two_runs_of_one_key_are_one_job(place):
     mlrpl = TINY["runs"][1]
     assert place(runs=[{**mlrpl, "labelled": 2}, {**mlrpl, "variant": "twin", "labelled": 2}]) == ["mlrpl-2-s0"]
+
+
+def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
+    place(seeds=[0, 1])
+    at = Workplace("tiny.yaml")
+    first, later = at.job("mlrpl-1-s0"), at.job("mlrpl-1-s1")
+    shutil.copytree(first.folder, later.folder)
+    later.record("train", **{k: v for k, v in first.provenance["train"].items() if k != "key"})
+    later.record("evaluate", seconds=0)
+    views, said = case_views(at, run_frames(later))
+    assert "seed 1" in said
+    assert [list(view.predictions) for view in views] == [["MLRPL"]] * 3
 
 
 def test_a_twin_has_the_rows_of_its_run_under_its_own_name(place):
