@@ -339,6 +339,9 @@ def test_memory_keeps_all_of_few_members_and_the_old_where_there_are_none(memory
     before = {name: value.clone() for name, value in memory.state_dict().items()}
     memory.remember(torch.randn(200, WIDTH), torch.zeros(200, dtype=torch.bool))
     assert same(memory.state_dict(), before)
+    reloaded = ClassMemory()
+    reloaded.load_state_dict(before)
+    assert torch.equal(reloaded.features, memory.features) and torch.equal(reloaded.filled, memory.filled)
 
 
 def test_memory_is_of_correctly_predicted_foreground_projected_in_eval_mode() -> None:
@@ -375,6 +378,12 @@ def test_soft_dice_distance_by_hand() -> None:
     assert soft_dice_distance(p, p) == pytest.approx(0)
     assert soft_dice_distance(p, q) == pytest.approx(0.5)
     assert soft_dice_distance(p, 1 - p) == pytest.approx(1)
+
+
+def test_adversarial_direction_of_a_linear_distance_is_its_gradient() -> None:
+    slope, image = torch.randn(2, 1, 4, 4, 4), torch.randn(2, 1, 4, 4, 4)
+    direction = adversarial_direction(lambda x: (slope * x).sum(), image, RADIUS)
+    torch.testing.assert_close(direction, unit(slope))
 
 
 def test_adversarial_direction_is_of_unit_norm_and_raises_the_distance_more_than_a_random_one() -> None:
