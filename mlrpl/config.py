@@ -53,7 +53,7 @@ class Settings(Model):
 
     patch: Sides = (112, 112, 80)
     stride: Sides = (18, 18, 4)
-    augmentation: tuple[Literal["rot90", "flip"], ...] = ("rot90", "flip")
+    augmentation: tuple[Literal["rot90", "flip", "mirror"], ...] = ("rot90", "flip")
     filters: Annotated[int, Field(gt=0)] = 16
     iterations: Annotated[int, Field(gt=0)] = 15_000
     batch: tuple[Side, Side] = (2, 2)

@@ -63,7 +63,7 @@ def test_each_epoch_visits_each_case_once_in_a_new_order(sizes):
         assert len(set(epochs)) > len(epochs) // 4
 
 
-@pytest.mark.parametrize("augmentation", [[], ["rot90"], ["flip"], ["rot90", "flip"]])
+@pytest.mark.parametrize("augmentation", [[], ["rot90"], ["flip"], ["mirror"], ["rot90", "flip", "mirror"]])
 @pytest.mark.parametrize("patch", [(6, 4, 5), (14, 14, 4)])
 def test_image_and_label_stay_aligned(augmentation, patch):
     batches = Batches(make_cases(3), make_cases(3), patch, augmentation, 3)
@@ -103,6 +103,7 @@ def orientation(patch):
     ([], [0], [None]),
     (["rot90"], [0, 1, 2, 3], [None]),
     (["flip"], [0], [0, 1]),  # always one flip, of x or of y
+    (["mirror"], [0], [None, 0]),
     (["rot90", "flip"], [0, 1, 2, 3], [0, 1]),
 ])
 def test_distribution_of_augmentation(augmentation, turns, flips):
@@ -150,7 +151,7 @@ def test_a_patch_larger_than_the_volume_is_padded_with_zeros():
 @pytest.mark.parametrize(("arguments", "named"), [
     (([], make_cases(2), (4, 4, 4), [], 0), "labelled"),
     ((make_cases(2), [], (4, 4, 4), [], 0), "unlabelled"),
-    ((make_cases(2), make_cases(2), (4, 4, 4), ["mirror"], 0), "mirror"),
+    ((make_cases(2), make_cases(2), (4, 4, 4), ["twist"], 0), "twist"),
     (([Case("bare", "train", np.zeros((1, 4, 4, 4), np.float32), None, (1.0,) * 3)], make_cases(2), (4, 4, 4), [], 0),
      "bare"),
 ])

@@ -14,7 +14,7 @@ import torch
 from mlrpl.data.store import Case
 from mlrpl.errors import StudyError
 
-AUGMENTATIONS = ("rot90", "flip")
+AUGMENTATIONS = ("rot90", "flip", "mirror")
 LABELLED, UNLABELLED = 0, 1  # streams
 ORDER, SAMPLE = 0, 1  # what randomness is for
 
@@ -32,8 +32,9 @@ class Batches:
 
     labelled, unlabelled: cases in memory; a label of an unlabelled case is never read.
     patch: (x, y, z) voxels; a smaller volume is padded with zeros.
-    augmentation: of "rot90" (k·90° in x-y, k drawn from 0…3) and "flip" (always one flip, of x or y at random);
-        both act on image and label alike, before the crop.
+    augmentation: of "rot90" (k·90° in x-y, k drawn from 0…3), "flip" (always one flip, of x or y at random) and
+        "mirror" (x flipped or not, at even odds: for anatomy that has a left and a right twin); all act on image and
+        label alike, before the crop.
     sizes: how many labelled and unlabelled volumes a batch has.
 
     Raises StudyError when a stream that is asked for has no cases, a labelled case no label, or an augmentation
@@ -98,6 +99,8 @@ class Batches:
         if "flip" in self.augmentation:
             axis = int(random.integers(2)) - 3
             arrays = [np.flip(array, axis) for array in arrays]
+        if "mirror" in self.augmentation and random.integers(2):
+            arrays = [np.flip(array, -3) for array in arrays]
         size = arrays[0].shape[-3:]
         margin = crop_margin(size, self.patch)
         start = [int(random.integers(s + 2 * m - p + 1)) - m for s, p, m in zip(size, self.patch, margin, strict=True)]

@@ -1,7 +1,6 @@
 """Pieces that several methods are made of: mean teacher, noise, sharpening, perturbations, heads, adversary.
 
 All random draws come from PyTorch's global generators, as dropout's do: the loop seeds them anew for each iteration.
-(`Step.generator` starts from the same state, so numbers drawn from it would repeat those that dropout sees.)
 """
 
 import copy
