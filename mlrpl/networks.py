@@ -6,6 +6,7 @@ All nine methods use these blocks. Every size below is in voxels; feature maps a
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = (1, 2, 3, 3, 3)  # convolutions in each encoder stage, from full resolution to the bottleneck
@@ -30,6 +31,40 @@ def downsampling(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(*conv_norm_relu(nn.Conv3d(in_channels, out_channels, 2, stride=2)))
 
 
+class NearestConv3d(nn.Conv3d):
+    """Nearest-neighbour up-sampling ×2, then a convolution 3³: (N, in, x, y, z) -> (N, out, 2x, 2y, 2z).
+
+    Done as one transposed convolution. Repeating voxels is a transposed convolution with a kernel of 2³ ones and stride
+    2, and two linear filters in a row are one: the 3³ kernel, turned round and summed over every 2³ window. The result
+    differs by rounding alone; an output voxel costs 2³ instead of 3³ products a channel, and the map of repeated voxels
+    is never made.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, below: Tensor) -> Tensor:
+        kernel = F.pad(self.weight.flip(2, 3, 4), (1,) * 6)
+        for axis in (2, 3, 4):
+            kernel = kernel.narrow(axis, 0, 4) + kernel.narrow(axis, 1, 4)
+        return F.conv_transpose3d(below, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+class PointwiseConv3d(nn.Conv3d):
+    """A convolution 1³: (N, in, x, y, z) -> (N, out, x, y, z).
+
+    Done as a matrix product over the channels, which takes and returns (also backwards) channels-last maps; PyTorch's
+    convolution 1³ on a CPU may return contiguous gradients, and every layer below would then convert them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        voxels = features.permute(0, 2, 3, 4, 1)
+        return F.linear(voxels, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+
+
 def upsampling(kind: str, in_channels: int, out_channels: int) -> nn.Sequential:
     """Double every side; `kind` is "deconv", "nearest" or "trilinear".
 
@@ -38,12 +73,11 @@ def upsampling(kind: str, in_channels: int, out_channels: int) -> nn.Sequential:
     if kind == "deconv":
         return nn.Sequential(*conv_norm_relu(nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2)))
     if kind == "nearest":
-        resize = nn.Upsample(scale_factor=2, mode="nearest")
-    elif kind == "trilinear":
+        return nn.Sequential(*conv_norm_relu(NearestConv3d(in_channels, out_channels)))
+    if kind == "trilinear":
         resize = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
-    else:
-        raise ValueError(f"unknown up-sampling {kind!r}: choose deconv, nearest or trilinear")
-    return nn.Sequential(resize, *conv_norm_relu(nn.Conv3d(in_channels, out_channels, 3, padding=1)))
+        return nn.Sequential(resize, *conv_norm_relu(nn.Conv3d(in_channels, out_channels, 3, padding=1)))
+    raise ValueError(f"unknown up-sampling {kind!r}: choose deconv, nearest or trilinear")
 
 
 class Encoder(nn.Module):
@@ -85,7 +119,7 @@ class Decoder(nn.Module):
             self.ups.append(upsampling(kind, widths[level + 1], widths[level]))
             self.stages.append(conv_stage(widths[level], widths[level], DEPTHS[level]))
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
-        self.head = nn.Conv3d(filters, num_classes, 1)
+        self.head = PointwiseConv3d(filters, num_classes)
 
     def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The decoder's maps before any head, from 1/8 to full resolution, without dropout."""

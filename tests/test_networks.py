@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mlrpl.networks import VNet, count_parameters, to_channels_last
+from mlrpl.networks import NearestConv3d, PointwiseConv3d, VNet, count_parameters, to_channels_last
 
 KINDS = ("deconv", "nearest", "trilinear")
 
@@ -44,9 +46,58 @@ def test_decoders_differ_in_how_they_upsample():
     logits, _ = network(torch.randn(1, 1, 16, 16, 16))
     assert not torch.equal(logits[0], logits[1])
     resizings = [type(decoder.ups[0][0]).__name__ for decoder in network.decoders]
-    assert resizings == ["ConvTranspose3d", "Upsample", "Upsample"]
-    assert [decoder.ups[0][0].mode for decoder in network.decoders[1:]] == ["nearest", "trilinear"]
-    assert network.decoders[2].ups[0][0].align_corners
+    assert resizings == ["ConvTranspose3d", "NearestConv3d", "Upsample"]
+    trilinear = network.decoders[2].ups[0][0]
+    assert trilinear.mode == "trilinear"
+    assert trilinear.align_corners
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad((output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum(), inputs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_nearest_up_sampling_and_convolution_are_one_transposed_convolution(layout):
+    layer = NearestConv3d(4, 3).double()
+    below = torch.randn(2, 4, 3, 5, 2, dtype=torch.double).to(memory_format=layout).requires_grad_()
+    repeated = F.interpolate(below, scale_factor=2, mode="nearest")
+    expected = F.conv3d(repeated, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(below), expected)
+    inputs = (below, layer.weight, layer.bias)
+    torch.testing.assert_close(gradients(layer(below), *inputs), gradients(expected, *inputs))
+
+
+def test_the_head_is_a_convolution_that_keeps_maps_channels_last():
+    layer = PointwiseConv3d(4, 3).double()
+    features = torch.randn(2, 4, 6, 5, 2, dtype=torch.double).to(memory_format=torch.channels_last_3d).requires_grad_()
+    expected = F.conv3d(features, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(features), expected)
+    inputs = (features, layer.weight, layer.bias)
+    ours = gradients(layer(features), *inputs)
+    torch.testing.assert_close(ours, gradients(expected, *inputs))
+    assert ours[0].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_no_layer_leaves_the_channels_last_layout():
+    """Where one does, the next layer converts its maps, or their gradients, at more than a convolution's cost."""
+    network = to_channels_last(tiny(dropout=False))
+    stray = []
+
+    def watch(name: str, tensor: Tensor) -> None:
+        if not tensor.is_contiguous(memory_format=torch.channels_last_3d):
+            stray.append(name)
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | nn.BatchNorm3d) and not name.endswith("head"):
+
+            def both_ways(_module: nn.Module, _inputs: tuple, output: Tensor, name: str = name) -> None:
+                watch(f"{name} forwards", output)
+                output.register_hook(lambda gradient: watch(f"{name} backwards", gradient))
+
+            module.register_forward_hook(both_ways)
+    logits, _ = network(torch.randn(2, 1, 32, 16, 16).to(memory_format=torch.channels_last_3d))
+    sum(z.square().mean() for z in logits).backward()
+    assert stray == []
 
 
 def test_one_decoder_runs_the_first_alone():
