@@ -88,7 +88,8 @@ def test_no_layer_leaves_the_channels_last_layout():
             stray.append(name)
 
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | nn.BatchNorm3d) and not name.endswith("head"):
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # a hook would watch the map that the next layer overwrites
 
             def both_ways(_module: nn.Module, _inputs: tuple, output: Tensor, name: str = name) -> None:
                 watch(f"{name} forwards", output)
