@@ -6,6 +6,7 @@ training each. A run's key is a hash of all that its result depends on: two runs
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
@@ -136,7 +137,7 @@ class Run(Model):
         return f"{self.variant}-{self.labelled}-s{self.seed}"
 
     def key(
-        self, fingerprint: str, result_version: int, defaults: dict[str, Any], unused: Collection[str] = ()
+        self, fingerprint: str, result_version: int | str, defaults: dict[str, Any], unused: Collection[str] = ()
     ) -> str:
         """16 hexadecimal digits that change when, and only when, the result may.
 
@@ -233,6 +234,8 @@ def _packaged() -> Any:
 def load_study(name: str) -> Study:
     """Read a study by name, or from a path that ends in .yaml.
 
+    Modules beside such a file can be imported from then on: methods of one's own may lie there.
+
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
@@ -241,6 +244,8 @@ def load_study(name: str) -> Study:
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
+    if isinstance(file, Path) and (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

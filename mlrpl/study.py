@@ -32,7 +32,7 @@ from mlrpl.data import Store, prepare
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
 from mlrpl.files import atomic, read_json, write_json
-from mlrpl.methods import build, find_method
+from mlrpl.methods import build, find_method, result_version
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
 PACKAGE = Path(__file__).parent
@@ -123,7 +123,7 @@ class Workplace:
             method = find_method(run.method)
             build(run, self.store.channels, len(self.store.classes))
             split_training(run, self.store, method.uses_unlabelled)
-            key = run.key(self.store.fingerprint, method.result_version, method.options(), method.unused_settings)
+            key = run.key(self.store.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.get(key) or next(self.runs.glob(f"*-{key[:8]}"), self.runs / f"{run.name}-{key[:8]}")
             folders[key] = folder

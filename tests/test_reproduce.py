@@ -5,6 +5,8 @@ change something do so in a copy.
 """
 
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -88,11 +90,10 @@ def write(folder: Path, study: dict[str, Any]) -> str:
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> dict[str, Any]:
-    """Arguments for subprocess; own methods are found in the folder that the command is typed in, and one above."""
-    path = os.pathsep.join(map(str, (cwd, cwd.parent)))
+    """Arguments for subprocess; methods of one's own lie beside the study's file."""
     return {
         "args": [sys.executable, "-m", "mlrpl", "reproduce", *arguments, "--device", "cpu"],
-        "cwd": cwd, "env": {**os.environ, "PYTHONPATH": path, **environment}, "text": True,
+        "cwd": cwd, "env": {**os.environ, **environment}, "text": True,
         "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
     }  # fmt: skip
 
@@ -373,7 +374,7 @@ def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
 def test_a_twin_has_the_rows_of_its_run_under_its_own_name(place):
     mlrpl = TINY["runs"][1]
     assert place(runs=[mlrpl, {**mlrpl, "variant": "twin", "title": "Twin"}]) == []
-    found = collect(Workplace("tiny.yaml").jobs, Results.load(Path("results/tiny")), adopt=False)
+    found = collect(Workplace("tiny.yaml").jobs, Results.load(Path("results/tiny")))
     assert set(found.metrics["variant"]) == {"mlrpl", "twin"}
     rows = [group.drop(columns="variant").reset_index(drop=True) for _, group in found.metrics.groupby("variant")]
     pd.testing.assert_frame_equal(*rows)
@@ -440,10 +441,43 @@ def test_only_rows_of_the_same_key_are_adopted(place):
     assert place(adopted=keys) == []
     vnet, mlrpl = TINY["runs"]
     assert place(adopted=keys, runs=[vnet, {**mlrpl, "settings": {"beta_max": 0}}]) == ["mlrpl-1-s0"]
-    found = collect(Workplace("tiny.yaml").jobs, committed, adopt=True)
+    found = collect(Workplace("tiny.yaml").jobs, committed)
     assert list(found.runs["run"]) == ["vnet-1-s0"]
     assert set(found.metrics["variant"]) == {"vnet"}
-    assert len(collect(Workplace("tiny.yaml").jobs, committed, adopt=False)) == 0
+    assert found.runs["adopted"].all()
+
+
+def test_a_sitting_that_does_some_runs_keeps_the_rows_and_pictures_of_the_others(tiny, tmp_path):
+    folder = tiny.copy(tmp_path, "results", "tiny.yaml")
+    before = Results.load(folder / "results/tiny")
+    facts = json.loads((folder / "results/tiny/provenance.json").read_text(encoding="utf-8"))
+    said = reproduce("tiny.yaml", "--only", "vnet", cwd=folder)
+    assert "2 runs, 1 to do" in said
+    after = Results.load(folder / "results/tiny")
+    pd.testing.assert_frame_equal(after.metrics, before.metrics)
+    assert dict(zip(after.runs["run"], after.runs["adopted"], strict=True)) == {"vnet-1-s0": False, "mlrpl-1-s0": True}
+    kept = json.loads((folder / "results/tiny/provenance.json").read_text(encoding="utf-8"))["runs"]
+    assert kept["mlrpl-1-s0"] == facts["runs"]["mlrpl-1-s0"]
+    count = len(before.metrics[before.metrics["variant"] == "vnet"])
+    assert f"{count} compared, mean |Δ Dice| 0.000" in said
+    page = (folder / "runs/tiny/04-compare.ipynb").read_text(encoding="utf-8")
+    assert "image/png" in page
+    assert "No label maps" not in page
+
+
+def test_the_readmes_tenth_method_is_compared_with_the_others(tmp_path):
+    """Both blocks as they stand there: a file, and a line of a study."""
+    section = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("tenth method")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    (line,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    write(tmp_path, {**TINY, "name": "mine", "runs": [TINY["runs"][0], {**line, "labelled": 1}]})
+    (tmp_path / "entropy.py").write_text(code, encoding="utf-8")
+    said = reproduce("mine.yaml", cwd=tmp_path)
+    rows = [row.split("|")[2].strip() for row in said.splitlines() if row.startswith("| ")]
+    assert rows[1:] == ["V-Net", "Entropy"]
+    log = pd.read_csv(run_folder(tmp_path, "entropy-1-s0") / "log.csv")
+    assert log["mutual"].between(0, math.log(2)).all()
+    assert "Entropy" in (tmp_path / "results/mine/index.html").read_text(encoding="utf-8")
 
 
 # Trouble.
