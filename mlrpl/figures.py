@@ -28,6 +28,7 @@ from mlrpl.data.store import Case, Store
 from mlrpl.tables import chosen, comparison, per_case, titled
 
 WIDTH = 7.2  # inches, both columns
+SCREEN = 130  # pixels an inch where a notebook shows a figure
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
@@ -81,7 +82,7 @@ class NotebookFigure(Figure):
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"], facecolor="white")
-        return buffer.getvalue(), {"width": round(100 * self.get_figwidth())}
+        return buffer.getvalue(), {"width": round(SCREEN * self.get_figwidth())}
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:

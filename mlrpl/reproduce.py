@@ -304,7 +304,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
         Section("Cost of a training step", COST, cost_table(place, found)),
-        Section("Cases", place.store.licence, figures=_pictures(folder, "contours")),
+        Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
         Section(
             "Notebooks",
             "Every figure above comes from these, executed as they are; code unfolds with a click.",

@@ -404,4 +404,4 @@ def test_notebooks_show_figures_by_themselves():
     metrics, runs, _, _ = study(TOUR)
     data, metadata = distributions(metrics, runs)._repr_png_()
     assert data.startswith(b"\x89PNG")
-    assert metadata == {"width": 720}
+    assert metadata == {"width": 936}
