@@ -73,11 +73,16 @@ class Broken(MLRPL):
     def loss(self, batch, step):
         raise RuntimeError("this method is broken\\nand says so on two lines")
 """
+# The README's: a file, and a line of a study.
+TENTH = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("tenth method", 1)[1]
+ENTROPY = re.search(r"```python\n(.*?)```", TENTH, re.DOTALL)[1]
+(ENTROPY_RUN,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TENTH, re.DOTALL)[1])
 OWN = {
     **TINY, "name": "own", "title": "Own methods", "settings": {**TINY["settings"], "iterations": 30},
     "runs": [
         {"variant": "broken", "method": "own_methods:Broken", "title": "Broken", "labelled": 1},
         {"variant": "own", "method": "own_methods:Own", "title": "Own", "labelled": 1, "options": {"sharpness": 1.5}},
+        {**ENTROPY_RUN, "labelled": 1},
     ],
 }  # fmt: skip
 
@@ -86,6 +91,7 @@ def write(folder: Path, study: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study['name']}.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     (folder / "own_methods.py").write_text(OWN_METHODS)
+    (folder / "entropy.py").write_text(ENTROPY, encoding="utf-8")
     return f"{study['name']}.yaml"
 
 
@@ -465,21 +471,6 @@ def test_a_sitting_that_does_some_runs_keeps_the_rows_and_pictures_of_the_others
     assert "No label maps" not in page
 
 
-def test_the_readmes_tenth_method_is_compared_with_the_others(tmp_path):
-    """Both blocks as they stand there: a file, and a line of a study."""
-    section = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("tenth method")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    (line,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
-    write(tmp_path, {**TINY, "name": "mine", "runs": [TINY["runs"][0], {**line, "labelled": 1}]})
-    (tmp_path / "entropy.py").write_text(code, encoding="utf-8")
-    said = reproduce("mine.yaml", cwd=tmp_path)
-    rows = [row.split("|")[2].strip() for row in said.splitlines() if row.startswith("| ")]
-    assert rows[1:] == ["V-Net", "Entropy"]
-    log = pd.read_csv(run_folder(tmp_path, "entropy-1-s0") / "log.csv")
-    assert log["mutual"].between(0, math.log(2)).all()
-    assert "Entropy" in (tmp_path / "results/mine/index.html").read_text(encoding="utf-8")
-
-
 # Trouble.
 
 
@@ -493,9 +484,9 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     assert not (failed / "02-train.ipynb").exists()
     assert "this method is broken" in (failed / "02-train.failed.ipynb").read_text(encoding="utf-8")
     results = Results.load(own.folder / "results/own")
-    assert list(results.runs["run"]) == ["own-1-s0"]
-    assert set(results.metrics["method"]) == {"own_methods:Own"}
-    assert "1 of 2 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0"]
+    assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation"}
+    assert "2 of 3 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 
@@ -503,6 +494,14 @@ def test_a_method_from_outside_trains_with_its_options(own):
     log = pd.read_csv(run_folder(own.folder, "own-1-s0") / "log.csv")
     assert len(log) == 30
     assert list(log["total"]) == pytest.approx(list(log["supervised"] ** 1.5), rel=1e-5)
+
+
+def test_the_readmes_tenth_method_is_compared_with_the_others(own):
+    log = pd.read_csv(run_folder(own.folder, "entropy-1-s0") / "log.csv")
+    assert log["mutual"].between(0, math.log(2)).all()
+    assert list(log["total"]) == pytest.approx(list(log["supervised"] + 0.2 * math.exp(-5) * log["mutual"]), rel=1e-5)
+    rows = [row.split("|")[2].strip() for row in own.said.splitlines() if row.startswith("|")]
+    assert rows[2:] == ["Own", "Own", "Entropy"]  # with one decoder there is no mean of several
 
 
 def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
@@ -536,6 +535,6 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     log = pd.read_csv(folder / "log.csv", dtype=str)
     pd.testing.assert_frame_equal(log.head(done), before)  # the seconds too: these iterations were not done again
     assert_same_result(tmp_path, own.folder, "own-1-s0")
-    rows = "results/own/metrics.csv"
-    assert (tmp_path / rows).read_bytes() == (own.folder / rows).read_bytes()
+    rows, undisturbed = (Results.load(at / "results/own").metrics for at in (tmp_path, own.folder))
+    pd.testing.assert_frame_equal(rows, undisturbed[undisturbed["variant"] == "own"].reset_index(drop=True))
     assert [path.name for path in tmp_path.rglob("*.partial*")] == []
