@@ -1,6 +1,7 @@
 """The case store: prepared volumes on disk, read by every later step.
 
-    <folder>/store.json                 what the dataset is and, per case, split, shape, spacing, geometry, SHA-256
+    <folder>/store.json                 what the dataset is, how images are prepared, what was rejected and, per case,
+                                        split, shape, spacing, geometry, SHA-256 of arrays and of the files behind them
     <folder>/cases/<id>/image.npy       float32 (channels, x, y, z)
     <folder>/cases/<id>/label.npy       uint8 (x, y, z); absent for a case without reference
 
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from mlrpl.data.preparation import Preparation
 from mlrpl.errors import StudyError
 
-FORMAT = 1  # raise when what is written changes: older stores are then prepared again
+FORMAT = 2  # raise when what is written changes: older stores are then prepared again
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Store:
         self.licence: str = index["licence"]
         self.citation: str = index["citation"]
         self.fingerprint: str = index["fingerprint"]
+        self.preparation = Preparation.model_validate(index["preparation"])  # of a new image, for prediction
         self._cases: dict[str, dict[str, Any]] = {case["id"]: case for case in index["cases"]}
 
     def ids(self, split: str) -> list[str]:
