@@ -33,6 +33,7 @@ class DecathlonOptions(Options):
     Attributes:
         test: labelled cases kept for testing where imagesTs has no labels; 0: none, for cross-validation.
         seed: draws them, and the order.
+        images_ts: whether images without a label in imagesTs are unlabelled cases.
         lenient: leave faulty cases out, and say so, instead of refusing the whole.
         classes: names, background first; default: those of dataset.json, which need not be there then.
         preparation: of the images.
@@ -40,6 +41,7 @@ class DecathlonOptions(Options):
 
     test: int = Field(60, ge=0)
     seed: int = Field(0, ge=0)
+    images_ts: bool = True
     lenient: bool = False
     classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)] | None = None
     preparation: Preparation = Preparation()
@@ -70,6 +72,8 @@ class Decathlon:
         for case in sorted(training.keys() & testing.keys()):
             self._reject(case, f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
             del testing[case]
+        if not options.images_ts:
+            testing = {case: files for case, files in testing.items() if files[1]}
         cases = training | testing
         self._labelled = {case for case, (_, label) in cases.items() if label}
 
@@ -101,13 +105,14 @@ class Decathlon:
                 f"{names[0]}: the image has shape {image.shape}, not ({self.channels}, x, y, z); replace the file"
             )
         prepared = self.preparation.apply(image, geometry, names[0])
-        label = self._label(entry.files[-1], names[0], image, geometry) if labelled else None
+        label = self.read_label(entry.files[-1], names[0], image, geometry) if labelled else None
         if label is not None:
             label = self.preparation.label(label, geometry, prepared)
         whole, spacing, place = prepared.part((slice(None),) * 3)
         return Raw(whole, label, spacing, place, prepared.source)
 
-    def _label(self, name: str, image_name: str, image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    def read_label(self, name: str, image_name: str, image: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """The label (x, y, z) of an image (channels, x, y, z); StudyError where it is not on the image's grid."""
         label, other = read_nifti(self.root, name)
         if label.shape[0] != 1:
             raise StudyError(f"{name}: the label has {label.shape[0]} channels; it must have one")

@@ -23,7 +23,7 @@ from mlrpl.data.la import LeftAtrium
 from mlrpl.data.pancreas import Pancreas
 from mlrpl.data.phantom import Phantom
 from mlrpl.data.source import Entry, Raw, Rejected, Source, parse_options
-from mlrpl.data.store import FORMAT, Store, array_path, open_store
+from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
 from mlrpl.data.volumes import checksum, size
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, write_json
@@ -310,12 +310,3 @@ def _save(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
         "has_label": raw.label is not None,
         "arrays": written,
     }
-
-
-def fingerprint(cases: list[dict[str, Any]]) -> str:
-    """Names what a training depends on: case order, splits, spacings and arrays."""
-    rows = [
-        [case["id"], case["split"], case["spacing"], [array["sha256"] for array in case["arrays"].values()]]
-        for case in cases
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
