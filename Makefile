@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.complete
 UNFINISHED := $(VENV)/.unfinished
 # The recipes read these from the environment, so that a value with spaces or quotes arrives as it was typed.
-export PYTHON STUDY DATA JOBS DEVICE ONLY ADOPT TORCH_INDEX
+export PYTHON STUDY DATASET DATA JOBS DEVICE ONLY ADOPT TORCH_INDEX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 ifeq ($(ENV),active)
@@ -21,7 +21,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all lab lint lock clean environment active-environment
+.PHONY: help reproduce data test test-all lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -30,6 +30,7 @@ help:  ## this list
 	@echo
 	@echo "  STUDY=phantom  which study (mlrpl/studies/*.yaml)"
 	@echo "  DATA=          folder of the study's data set; phantom needs none"
+	@echo "  DATASET=       for make data: hippocampus, heart; la, pancreas, brats: where to register"
 	@echo "  JOBS=2         runs at a time (results do not depend on it)"
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
 	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
@@ -42,6 +43,9 @@ help:  ## this list
 reproduce: $(READY)  ## run a study and write results/STUDY/index.html
 	@$(BIN)mlrpl reproduce "$$STUDY" --jobs "$$JOBS" $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
 		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt)
+
+data: $(READY)  ## download a data set into data/
+	@$(BIN)mlrpl download "$${DATASET:?name one: make data DATASET=hippocampus}"
 
 test: $(READY)  ## all fast tests
 	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile

@@ -52,6 +52,79 @@ def reproduce(
         raise typer.Exit(1)
 
 
+Only = Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")]
+StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")]
+ResultsFolder = Annotated[str, typer.Option(help="Folder of results.")]
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="A study; or a new name for your own data.")],
+    source: Annotated[str | None, typer.Option(help="Folder of the data set.")] = None,
+    runs: Runs = "runs",
+) -> None:
+    """Prepare a study's data. A new name makes a study of your own data: NAME.yaml, proposed from the images."""
+    from mlrpl.steps import prepare_study
+
+    prepare_study(name, source, runs)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="hippocampus or heart; for la, pancreas, brats: where to register.")],
+    to: Annotated[str, typer.Option(help="Folder for data sets.")] = "data",
+) -> None:
+    """Download a data set; an interrupted download goes on."""
+    from mlrpl.download import download as fetch
+
+    try:
+        fetch(name, Path(to))
+    except KeyboardInterrupt:
+        print("\nmlrpl: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(study: StudyName, only: Only = None, device: Device = None, runs: Runs = "runs") -> None:
+    """Train the runs of a prepared study; stops and resumes."""
+    from mlrpl.steps import train_study
+
+    try:
+        train_study(study, only, device, runs)
+    except KeyboardInterrupt:
+        print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def evaluate(
+    study: StudyName, only: Only = None, device: Device = None, runs: Runs = "runs", results: ResultsFolder = "results"
+) -> None:
+    """Measure the trained runs of a study on their test cases."""
+    from mlrpl.steps import evaluate_study
+
+    evaluate_study(study, only, device, runs, results)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="STUDY, or STUDY/RUN; the folds of a run are averaged.")],
+    images: Annotated[list[str], typer.Argument(help="NIfTI or NRRD files, folders of them, DICOM folders.")],
+    output: Annotated[str, typer.Option(help="Folder of the predictions.")],
+    probabilities: Annotated[bool, typer.Option(help="Also write each class's probability.")] = False,
+    disagreement: Annotated[bool, typer.Option(help="Also write how far the decoders are apart.")] = False,
+    largest: Annotated[bool, typer.Option(help="Keep the largest component of each class alone.")] = False,
+    device: Device = None,
+    runs: Runs = "runs",
+) -> None:
+    """Segment images with a trained run; each label map lies on its image's own grid. Not for diagnosis."""
+    from mlrpl.steps import predict_images
+
+    options = {"probabilities": probabilities, "disagreement": disagreement, "largest": largest}
+    if predict_images(run, images, output, device, runs, **options):
+        raise typer.Exit(1)
+
+
 @app.command()
 def studies() -> None:
     """List the studies that come with the package."""

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Collection, Iterator
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -130,11 +131,12 @@ class Run(Model):
     seed: int
     settings: Settings
     options: dict[str, Any] = {}
+    fold: int | None = None  # of a cross-validation; the data's fingerprint tells folds apart in the key
 
     @property
     def name(self) -> str:
-        """For people: variant, number of labelled cases, seed."""
-        return f"{self.variant}-{self.labelled}-s{self.seed}"
+        """For people: variant, number of labelled cases, seed, fold."""
+        return f"{self.variant}-{self.labelled}-s{self.seed}" + (f"-f{self.fold}" if self.fold is not None else "")
 
     def key(
         self, fingerprint: str, result_version: int | str, defaults: dict[str, Any], unused: Collection[str] = ()
@@ -169,6 +171,7 @@ class Study(Model):
         about: Markdown, what the reader of the report must know.
         dataset: the volumes.
         distances: "mm" where spacing is real, "voxels" as published.
+        folds: of a cross-validation over the labelled training cases, for a data set without test cases; 0: none.
         settings: what all runs share.
         seeds: of the runs that do not name their own.
         runs: in order of importance: the first seed of all lines runs before the second of any.
@@ -180,6 +183,7 @@ class Study(Model):
     about: str = ""
     dataset: Dataset
     distances: Literal["voxels", "mm"] = "voxels"
+    folds: Literal[0] | Annotated[int, Field(ge=2)] = 0
     settings: Settings = Settings()
     seeds: Seeds = (0,)
     entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
@@ -199,7 +203,8 @@ class Study(Model):
                 settings = _validated(
                     Settings, {**self.settings.model_dump(), **entry.settings}, f"study {self.name}, {entry.variant}"
                 )
-                for labelled in entry.labelled:
+                folds = range(self.folds) if self.folds else (None,)
+                for labelled, fold in product(entry.labelled, folds):
                     yield Run(
                         study=self.name,
                         variant=entry.variant,
@@ -209,6 +214,7 @@ class Study(Model):
                         seed=seed,
                         settings=settings,
                         options=entry.options,
+                        fold=fold,
                     )
 
 
@@ -232,14 +238,18 @@ def _packaged() -> Any:
 
 
 def load_study(name: str) -> Study:
-    """Read a study by name, or from a path that ends in .yaml.
+    """Read a study by name (the package's, else <name>.yaml of the working folder), or from a path that ends in .yaml.
 
     Modules beside such a file can be imported from then on: methods of one's own may lie there.
 
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
-    file = Path(name) if name.endswith((".yaml", ".yml")) else _packaged() / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        file: Any = Path(name)
+    else:
+        places = (_packaged() / f"{name}.yaml", Path(f"{name}.yaml"))
+        file = next((place for place in places if place.is_file()), places[0])
     if not file.is_file():
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"

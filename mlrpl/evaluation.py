@@ -110,6 +110,7 @@ def evaluate(
                             "output": output,
                             "case": case_id,
                             "class": name,
+                            **({} if run.fold is None else {"fold": run.fold}),
                             **measured,
                         }
                     )

@@ -1,6 +1,6 @@
 """Prediction of a whole volume, window by window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import ceil
 
@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from mlrpl.errors import StudyError
 
+Predict = Callable[[Tensor], Tensor]
 
-@torch.inference_mode()
+
 def sliding_window(
-    predict: Callable[[Tensor], Tensor], image: Tensor, patch: Sequence[int], stride: Sequence[int], batch: int = 4
+    predict: Predict, image: Tensor, patch: Sequence[int], stride: Sequence[int], batch: int = 4
 ) -> Tensor:
     """Average the predictions of overlapping windows over a volume.
 
@@ -38,29 +39,69 @@ def sliding_window(
         >>> sliding_window(lambda windows: windows.softmax(1), torch.zeros(2, 9, 9, 5), (4, 4, 4), (2, 2, 2)).shape
         torch.Size([2, 9, 9, 5])
     """
-    size = image.shape[1:]
-    if not len(patch) == len(stride) == len(size) or not all(0 < s <= p for s, p in zip(stride, patch, strict=True)):
-        raise StudyError(f"windows of {tuple(patch)} at a stride of {tuple(stride)} leave gaps: take strides 1 … patch")
+    whole = None
+    for start, values in sliding_slabs(predict, image, patch, stride, batch):
+        if whole is None:
+            whole = values.new_empty(len(values), *image.shape[1:])
+        whole[:, start : start + values.shape[1]] = values
+    return whole
 
+
+@torch.inference_mode()
+def sliding_slabs(
+    predict: Predict, image: Tensor, patch: Sequence[int], stride: Sequence[int], batch: int = 4
+) -> Iterator[tuple[int, Tensor]]:
+    """What `sliding_window` returns, slab by slab along x as soon as no further window sees it.
+
+    Sums are held for as many planes as a patch is wide, so that memory does not grow with the volume's length.
+
+    Yields:
+        The slab's first plane, and its values (K, n, y, z).
+    """
+    size = image.shape[1:]
+    starts = window_starts(size, patch, stride)
     before = [max(p - n, 0) // 2 for p, n in zip(patch, size, strict=True)]
     after = [max(p - n, 0) - b for p, n, b in zip(patch, size, before, strict=True)]
     padding = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
     padded = functional.pad(image, padding)
-    starts = [_starts(n, p, s) for n, p, s in zip(padded.shape[1:], patch, stride, strict=True)]
-    windows = [(..., *(slice(c, c + p) for c, p in zip(corner, patch, strict=True))) for corner in product(*starts)]
+    corners = list(product(*starts))
 
     total = None
-    count = padded.new_zeros(padded.shape[1:], dtype=torch.float32)
-    for first in range(0, len(windows), batch):
-        group = windows[first : first + batch]
-        values = predict(torch.stack([padded[window] for window in group])).to(count)
+    count = padded.new_zeros(patch[0], *padded.shape[2:], dtype=torch.float32)
+    inside = tuple(slice(b, b + n) for b, n in zip(before[1:], size[1:], strict=True))
+    base = 0  # the padded volume's plane that comes first in the sums
+    for first in range(0, len(corners), batch):
+        group = corners[first : first + batch]
+        windows = [padded[(..., *(slice(c, c + p) for c, p in zip(corner, patch, strict=True)))] for corner in group]
+        values = predict(torch.stack(windows)).to(count)
         if total is None:
             total = count.new_zeros(values.shape[1], *count.shape)
-        for window, value in zip(group, values, strict=True):
+        for (x, *corner), value in zip(group, values, strict=True):
+            if x > base:
+                yield base, (total[:, : x - base] / count[: x - base])[(..., *inside)]
+                total, count = _moved_on(total, x - base), _moved_on(count, x - base)
+                base = x
+            window = (..., *(slice(c, c + p) for c, p in zip(corner, patch[1:], strict=True)))
             total[window] += value
             count[window] += 1
-    inside = (..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))
-    return total.div_(count)[inside].contiguous()
+    planes = slice(before[0], before[0] + min(size[0], patch[0]))
+    yield base, total.div_(count)[(slice(None), planes, *inside)]
+
+
+def window_starts(size: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> list[list[int]]:
+    """First voxels of the windows along each axis, the volume padded to the patch where it is smaller.
+
+    Raises:
+        StudyError: The patch or the stride does not fit.
+    """
+    if not len(patch) == len(stride) == len(size) or not all(0 < s <= p for s, p in zip(stride, patch, strict=True)):
+        raise StudyError(f"windows of {tuple(patch)} at a stride of {tuple(stride)} leave gaps: take strides 1 … patch")
+    return [_starts(max(n, p), p, s) for n, p, s in zip(size, patch, stride, strict=True)]
+
+
+def _moved_on(sums: Tensor, planes: int) -> Tensor:
+    """Sums (…, x, y, z) without the first planes, with zeros for as many that come."""
+    return functional.pad(sums[..., planes:, :, :], (0, 0, 0, 0, 0, planes))
 
 
 def _starts(size: int, patch: int, stride: int) -> list[int]:

@@ -111,6 +111,8 @@ def _adopted(job: Job, committed: Results) -> Results:
     old = row[list(IDENTITY)].iloc[0]
     metrics = committed.metrics
     mine = (metrics[list(IDENTITY)] == old).all(axis=1)
+    if job.run.fold is not None:
+        mine &= metrics["fold"] == job.run.fold
     return Results(
         metrics[mine].assign(**_identity(job)),
         row.assign(run=job.run.name, title=job.run.title, adopted=True, **_identity(job)),

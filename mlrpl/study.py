@@ -108,22 +108,30 @@ class Workplace:
         """The case store."""
         return self.prepare()
 
+    def data_of(self, run: Run) -> Store:
+        """The case store as a run sees it: of a cross-validation's fold, its held-out cases as test cases."""
+        return self.store if run.fold is None else self.store.fold(run.fold, self.study.folds)
+
     @cached_property
     def jobs(self) -> list[Job]:
         """All runs in the study's order; checked against data and methods, so that nothing fails hours later.
 
         Raises:
-            StudyError: for an unknown method or option, more labelled cases than there are, or mm without spacing.
+            StudyError: for an unknown method or option, more labelled cases than there are, no test cases, or mm
+                without spacing.
         """
         if self.study.distances == "mm" and not self.store.real_spacing:
             raise StudyError(f"study {self.study.name}: {self.store.name} has no known spacing: set distances: voxels")
+        if not (self.study.folds or self.store.ids("test")):
+            raise StudyError(f"study {self.study.name}: {self.store.name} has no test case: set folds, or 'test' cases")
         jobs: list[Job] = []
         folders: dict[str, Path] = {}
         for run in self.study.runs():
             method = find_method(run.method)
             build(run, self.store.channels, len(self.store.classes))
-            split_training(run, self.store, method.uses_unlabelled)
-            key = run.key(self.store.fingerprint, result_version(method), method.options(), method.unused_settings)
+            data = self.data_of(run)
+            split_training(run, data, method.uses_unlabelled)
+            key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.get(key) or next(self.runs.glob(f"*-{key[:8]}"), self.runs / f"{run.name}-{key[:8]}")
             folders[key] = folder
@@ -157,20 +165,24 @@ class Workplace:
         if not job.finished("train"):
             job.folder.mkdir(parents=True, exist_ok=True)
             write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
-            trainer = Trainer(job.run, self.store, job.folder, job.key, find_device(device), tensorboard)
+            data = self.data_of(job.run)
+            trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
             facts = trainer.train(watch)
-            job.record("train", data=self.store.fingerprint, threads=job.run.settings.threads, **facts)
+            job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
         return job
 
-    def evaluate(self, name: str, device: str | None = None) -> pd.DataFrame:
-        """Measure a trained run on the test cases; returns the rows."""
+    def evaluate(
+        self, name: str, device: str | None = None, watch: Callable[[int, int], None] | None = None
+    ) -> pd.DataFrame:
+        """Measure a trained run on the test cases; returns the rows. `watch` is called with (done, of) cases."""
         job = self.job(name)
         if not job.finished("evaluate"):
             place = find_device(device)
-            method = make_method(job.run, self.store, place)
+            data = self.data_of(job.run)
+            method = make_method(job.run, data, place)
             started = time.monotonic()
             weights = {selection: load(job.folder / f"{selection}.pt", place) for selection in SELECTIONS}
-            evaluate(job.run, self.store, method, weights, job.folder, self.study.distances, place)
+            evaluate(job.run, data, method, weights, job.folder, self.study.distances, place, watch)
             job.record("evaluate", seconds=round(time.monotonic() - started, 1))
         return pd.read_csv(job.folder / "metrics.csv")
 

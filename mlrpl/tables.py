@@ -34,6 +34,7 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     for (title, labelled), same in runs.groupby(["title", "labelled"], sort=False):
         if len(same[["method", "variant"]].drop_duplicates()) > 1:
             raise StudyError(f"title {title!r} at {labelled} labelled stands for two variants: give each its own title")
+    runs = runs.drop_duplicates(RUN) if "fold" in metrics else runs  # together, the folds measure every case once
     rows = metrics.merge(runs[[*RUN, "run", "title"]], on=RUN, how="left", validate="many_to_one")
     unknown = rows.loc[rows["run"].isna(), RUN].drop_duplicates()
     if len(unknown):

@@ -194,9 +194,9 @@ INSTALLATION = [
 
 def test_help_is_the_default_and_lists_every_target(make):
     shown = make().stdout
-    for target in ("reproduce", "test", "test-all", "lab", "lint", "lock", "clean"):
+    for target in ("reproduce", "data", "test", "test-all", "lab", "lint", "lock", "clean"):
         assert re.search(rf"^  {target} ", shown, re.M), target
-    for variable in ("STUDY", "DATA", "JOBS", "DEVICE", "ONLY", "ADOPT", "ENV", "PYTHON", "TORCH_INDEX"):
+    for variable in ("STUDY", "DATA", "DATASET", "JOBS", "DEVICE", "ONLY", "ADOPT", "ENV", "PYTHON", "TORCH_INDEX"):
         assert f"  {variable}=" in shown
     assert make.calls() == []
 
@@ -231,6 +231,14 @@ def test_settings_reach_the_command_as_typed_and_only_those_given(make):
     assert make.calls()[-1] == "".join(f"[{word}]" for word in words)
     make("reproduce", "ADOPT=0")
     assert make.calls()[-1] == "[reproduce][phantom][--jobs][2]"
+
+
+def test_data_names_its_data_set(make):
+    assert make("data", "DATASET=hippocampus").returncode == 0
+    assert make.calls()[-1] == "[download][hippocampus]"
+    made = make("data")
+    assert made.returncode != 0
+    assert "make data DATASET=hippocampus" in made.stderr
 
 
 def test_slow_tests_run_on_request(make):

@@ -9,6 +9,7 @@ import pytest
 import SimpleITK
 
 from mlrpl.data import open_store, prepare
+from mlrpl.data.decathlon import Decathlon
 from mlrpl.errors import StudyError
 
 SHAPE = (9, 8, 7)
@@ -392,3 +393,56 @@ def test_description_that_is_not_json(decathlon, tmp_path):
 
 def test_too_many_test_cases(decathlon, tmp_path):
     refused("decathlon", decathlon, tmp_path, "6 labelled cases", "60")
+
+
+def test_a_killed_preparation_reads_a_changed_file_again(decathlon, tmp_path, monkeypatch):
+    read = Decathlon.read
+    monkeypatch.setattr(Decathlon, "read", lambda self, entry: stop() if entry.id == "organ_6" else read(self, entry))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared("decathlon", decathlon, tmp_path / "store", test=2)
+    monkeypatch.undo()
+    path = decathlon / "imagesTr/organ_1.nii.gz"
+    before = path.stat().st_size
+    write_nifti(path, volume(1), origin=(11.0, -20.0, 3.5))
+    write_nifti(decathlon / "labelsTr/organ_1.nii.gz", mask(1, 3), origin=(11.0, -20.0, 3.5))
+    assert path.stat().st_size == before  # only the bytes tell
+    store = prepared("decathlon", decathlon, tmp_path / "store", test=2)
+    entry = next(case for case in store.index["cases"] if case["id"] == "organ_1")
+    assert entry["geometry"]["origin"][0] == 11.0
+
+
+def test_usable_cases_are_used_and_every_problem_is_named_once(decathlon, tmp_path):
+    """Unlabelled images, a label without an image, mismatched grids, a corrupt gzip, a .DS_Store."""
+    write_nifti(decathlon / "labelsTr/organ_9.nii.gz", mask(9, 3))
+    write_nifti(decathlon / "labelsTr/organ_2.nii.gz", mask(2, 3), spacing=(0.5, 0.75, 1.0))
+    write_nifti(decathlon / "labelsTr/organ_3.nii.gz", mask(3, 3, (9, 7, 7)))
+    path = decathlon / "imagesTr/organ_4.nii.gz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    (decathlon / "imagesTr/.DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (decathlon / "labelsTr/.DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    write_description(decathlon)
+    refused("decathlon", decathlon, tmp_path, "labelsTr/organ_9.nii.gz", test=0)
+    store = prepared("decathlon", decathlon, tmp_path / "store", test=0, lenient=True)
+    assert sorted(store.ids("train")[:3]) == ["organ_0", "organ_1", "organ_5"]
+    assert store.ids("train")[-2:] == ["organ_6", "organ_7"]
+    problems = {each["case"]: each["problem"] for each in store.index["rejected"]}
+    assert sorted(problems) == ["organ_2", "organ_3", "organ_4", "organ_9"]
+    assert len(store.index["rejected"]) == 4
+    assert "spacing" in problems["organ_2"] and "export both on the same grid" in problems["organ_2"]
+    assert "(9, 7, 7)" in problems["organ_3"]
+    assert "organ_4.nii.gz" in problems["organ_4"] and "copy it again" in problems["organ_4"]
+    assert "remove the label" in problems["organ_9"]
+    assert sorted(path.name for path in (store.folder / "cases").iterdir()) == sorted(store.ids("train"))
+    assert str(tmp_path) not in (store.folder / "store.json").read_text()
+
+
+def test_nothing_usable_is_refused_also_when_lenient(decathlon, tmp_path):
+    for path in (decathlon / "imagesTr").glob("organ*"):
+        path.write_bytes(b"nothing")
+    refused("decathlon", decathlon, tmp_path, "organ_", "more cases", test=0, lenient=True)

@@ -139,6 +139,29 @@ def test_killed_half_way_then_again_gives_the_same_bytes(tmp_path, before):
     assert visible(tmp_path) == ["store", "undisturbed"]
 
 
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    assert run_python(KILLED, SMALL, folder).returncode == 9
+    finished = {path.stem for path in (tmp_path / ".store.partial/records").glob("*.json")}
+    assert finished
+    drawn, read = [], Phantom.read
+    monkeypatch.setattr(Phantom, "read", lambda self, entry: drawn.append(entry.id) or read(self, entry))
+    store = prepare(dataset(), None, folder)
+    assert set(drawn) == {*store.ids("train"), *store.ids("test")} - finished
+    assert not (folder / "records").exists()
+
+
+def test_another_preparation_takes_nothing_from_a_killed_one(tmp_path):
+    assert run_python(KILLED, SMALL, tmp_path / "store").returncode == 9
+    other = prepare(dataset(seed=9), None, tmp_path / "store")
+    assert content(other.folder) == content(prepare(dataset(seed=9), None, tmp_path / "undisturbed").folder)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    one = prepare(dataset(), None, tmp_path / "one", workers=1)
+    assert content(one.folder) == content(prepare(dataset(), None, tmp_path / "three", workers=3).folder)
+
+
 FULL = """
 import signal, sys
 from pathlib import Path

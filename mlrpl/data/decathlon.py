@@ -7,29 +7,44 @@
     imagesTs/, labelsTs/            with labels: the test cases; images without labels: unlabelled cases
 
 Without labelled imagesTs, `test` labelled cases are kept for testing, drawn by seed. Training cases come in a
-seeded order, the unlabelled ones last. Channels are z-scored per volume; arrays are (x, y, z) as in the file, and
-spacing, origin and direction are kept.
+seeded order, the unlabelled ones last. By default channels are z-scored per volume and arrays are (x, y, z) as in the
+file; options turn the axes, resample and normalise otherwise. Spacing, origin and direction are kept.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from mlrpl.data.nifti import check_same_grid, ending, nifti_files, read_nifti
-from mlrpl.data.source import Entry, Options, Raw, z_score
+from mlrpl.data.grid import Geometry, check_same_grid
+from mlrpl.data.preparation import Preparation
+from mlrpl.data.source import Entry, Options, Raw, Rejected
+from mlrpl.data.volumes import ending, nifti_files, read_nifti
 from mlrpl.errors import StudyError
 
 
 class DecathlonOptions(Options):
-    """`test`: labelled cases kept for testing where imagesTs has no labels; `seed` draws them and the order."""
+    """What a study may set.
 
-    test: int = Field(60, ge=1)
+    Attributes:
+        test: labelled cases kept for testing where imagesTs has no labels; 0: none, for cross-validation.
+        seed: draws them, and the order.
+        images_ts: whether images without a label in imagesTs are unlabelled cases.
+        lenient: leave faulty cases out, and say so, instead of refusing the whole.
+        classes: names, background first; default: those of dataset.json, which need not be there then.
+        preparation: of the images.
+    """
+
+    test: int = Field(60, ge=0)
     seed: int = Field(0, ge=0)
+    images_ts: bool = True
+    lenient: bool = False
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)] | None = None
+    preparation: Preparation = Preparation()
 
 
 class Decathlon:
@@ -39,20 +54,26 @@ class Decathlon:
     version: ClassVar = 1
     needs_folder: ClassVar = True
     real_spacing = True
+    form = "NIfTI"
 
     def __init__(self, options: DecathlonOptions, root: Path) -> None:
         self.root = root
-        description = _description(root)
-        self.classes = _classes(description)
-        self.channels = len(_mapping(description, "channel_names", "modality"))
-        self.licence = str(description.get("licence") or description.get("license") or "not stated in dataset.json")
-        self.citation = str(description.get("reference") or description.get("name") or "not stated in dataset.json")
-        _check_list(root, description)
-        training, testing = (_cases(root, part, self.channels) for part in ("Tr", "Ts"))
+        self.lenient, self.preparation = options.lenient, options.preparation
+        self.rejected: list[Rejected] = []
+        description = {} if options.classes and not (root / "dataset.json").exists() else _description(root)
+        self.classes = options.classes or _classes(description)
+        self.channels = _channels(root, description)
+        self.licence = str(description.get("licence") or description.get("license") or "licence not stated")
+        self.citation = str(description.get("reference") or description.get("name") or "reference not stated")
+        self._check_list(description)
+        training, testing = (self._cases(part) for part in ("Tr", "Ts"))
         if not training:
             raise StudyError(f"{root}: no NIfTI image in imagesTr; give the folder that holds dataset.json, imagesTr")
         for case in sorted(training.keys() & testing.keys()):
-            raise StudyError(f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
+            self._reject(case, f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
+            del testing[case]
+        if not options.images_ts:
+            testing = {case: files for case, files in testing.items() if files[1]}
         cases = training | testing
         self._labelled = {case for case, (_, label) in cases.items() if label}
 
@@ -60,7 +81,7 @@ class Decathlon:
         train = [str(case) for case in np.random.default_rng(options.seed).permutation(labelled)]
         test = sorted(testing.keys() & self._labelled)
         self.split = "published" if test else "seeded"
-        if not test:
+        if not test and options.test:
             if len(train) <= options.test:
                 raise StudyError(
                     f"{root}: {len(train)} labelled cases, of which option 'test' keeps {options.test} "
@@ -78,27 +99,101 @@ class Decathlon:
         """Read one case; StudyError names the file that is cut short or on another grid than the case's first."""
         labelled = entry.id in self._labelled
         names = entry.files[:-1] if labelled else entry.files
-        volumes = [read_nifti(self.root, name) for name in names]
-        first, geometry = volumes[0]
-        for name, (array, other) in zip(names[1:], volumes[1:], strict=True):
-            if array.shape != first.shape:
-                raise StudyError(
-                    f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
-                    f"{first.shape[1:]}; export all channels on the same grid"
-                )
-            check_same_grid(name, other, names[0], geometry)
-        image = z_score(np.concatenate([array for array, _ in volumes]), names[0])
-        label = self._label(entry.files[-1], names[0], image, geometry) if labelled else None
-        place = {key: geometry[key] for key in ("origin", "direction")}
-        return Raw(image, label, tuple(geometry["spacing"]), place)
+        image, geometry = read_channels(self.root, names)
+        if len(image) != self.channels:
+            raise StudyError(
+                f"{names[0]}: the image has shape {image.shape}, not ({self.channels}, x, y, z); replace the file"
+            )
+        prepared = self.preparation.apply(image, geometry, names[0])
+        label = self.read_label(entry.files[-1], names[0], image, geometry) if labelled else None
+        if label is not None:
+            label = self.preparation.label(label, geometry, prepared)
+        whole, spacing, place = prepared.part((slice(None),) * 3)
+        return Raw(whole, label, spacing, place, prepared.source)
 
-    def _label(self, name: str, image_name: str, image: np.ndarray, geometry: Mapping[str, list[float]]) -> np.ndarray:
+    def read_label(self, name: str, image_name: str, image: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """The label (x, y, z) of an image (channels, x, y, z); StudyError where it is not on the image's grid."""
         label, other = read_nifti(self.root, name)
         if label.shape[0] != 1:
             raise StudyError(f"{name}: the label has {label.shape[0]} channels; it must have one")
-        if label.shape[1:] == image.shape[1:]:  # another shape is named by the check that all sources share
-            check_same_grid(name, other, image_name, geometry)
+        if label.shape[1:] != image.shape[1:]:
+            raise StudyError(
+                f"{name}: the label has shape {label.shape[1:]} but its image {image.shape[1:]}; "
+                "export both on the same grid"
+            )
+        check_same_grid(name, other, image_name, geometry)
         return label[0]
+
+    def _reject(self, case: str, problem: str) -> None:
+        """Leave a case out, or refuse the whole where nothing may be left out."""
+        if not self.lenient:
+            raise StudyError(problem)
+        self.rejected.append(Rejected(case, problem))
+
+    def _check_list(self, description: Mapping[str, Any]) -> None:
+        """Every file that dataset.json lists has to be there; nnU-Net's newer form lists none."""
+        listed = description.get("training")
+        for case in listed if isinstance(listed, list) else ():
+            for name in case.values() if isinstance(case, dict) else ():
+                path = self.root / str(name)
+                # nnU-Net's older form lists <case>.nii.gz where the files have a channel number
+                numbered = path.with_name(f"{path.name.removesuffix(ending(path.name))}_0000{ending(path.name)}")
+                if not path.is_file() and not numbered.is_file():
+                    self._reject(
+                        path.name.removesuffix(ending(path.name)),
+                        f"dataset.json lists {name}, which is not there; complete the dataset or the list",
+                    )
+
+    def _cases(self, part: str) -> dict[str, tuple[list[str], list[str]]]:
+        """Case id → (image files, its label file if there is one), names relative to the root; part: "Tr" or "Ts"."""
+        images, labels = nifti_files(self.root / f"images{part}"), nifti_files(self.root / f"labels{part}")
+        numbered = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
+        files: dict[str, list[str]] = {}
+        if all(match and int(match[2]) < self.channels for match in numbered.values()):
+            for name, match in numbered.items():
+                files.setdefault(match[1], []).append(f"images{part}/{images[name]}")
+            for case, names in list(files.items()):
+                if len(names) != self.channels:
+                    self._reject(
+                        case,
+                        f"images{part}: case '{case}' has {len(names)} of {self.channels} channel files; "
+                        "add the others",
+                    )
+                    del files[case]
+                    labels.pop(case, None)
+        else:
+            files = {name: [f"images{part}/{file}"] for name, file in images.items()}
+        for case, file in labels.items():
+            if case not in files:
+                self._reject(
+                    case,
+                    f"labels{part}/{file}: a label without an image in images{part}; add the image or remove the label",
+                )
+        return {
+            case: (names, [f"labels{part}/{labels[case]}"] if case in labels else []) for case, names in files.items()
+        }
+
+
+def read_channels(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, Geometry]:
+    """One image (channels, x, y, z) from a file, or from several with a channel or more each, all on one grid."""
+    volumes = [read_nifti(root, name) for name in names]
+    first, geometry = volumes[0]
+    for name, (array, other) in zip(names[1:], volumes[1:], strict=True):
+        if array.shape != first.shape:
+            raise StudyError(
+                f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
+                f"{first.shape[1:]}; export all channels on the same grid"
+            )
+        check_same_grid(name, other, names[0], geometry)
+    return np.concatenate([array for array, _ in volumes]), geometry
+
+
+def _channels(root: Path, description: Mapping[str, Any]) -> int:
+    """As dataset.json says; without one, from the numbers in the file names, else 1."""
+    if description:
+        return len(_mapping(description, "channel_names", "modality"))
+    matches = [re.fullmatch(r".+_(\d{4})", name) for name in nifti_files(root / "imagesTr")]
+    return max((int(match[1]) for match in matches if match), default=0) + 1 if all(matches) else 1
 
 
 def _description(root: Path) -> dict[str, Any]:
@@ -136,38 +231,3 @@ def _classes(description: Mapping[str, Any]) -> tuple[str, ...]:
             "without gaps, so renumber them"
         )
     return tuple(names[value] for value in range(len(names)))
-
-
-def _check_list(root: Path, description: Mapping[str, Any]) -> None:
-    """Every file that dataset.json lists has to be there; nnU-Net's newer form lists none."""
-    listed = description.get("training")
-    for case in listed if isinstance(listed, list) else ():
-        for name in case.values() if isinstance(case, dict) else ():
-            path = root / str(name)
-            # nnU-Net's older form lists <case>.nii.gz where the files have a channel number
-            numbered = path.with_name(f"{path.name.removesuffix(ending(path.name))}_0000{ending(path.name)}")
-            if not path.is_file() and not numbered.is_file():
-                raise StudyError(f"dataset.json lists {name}, which is not there; complete the dataset or the list")
-
-
-def _cases(root: Path, part: str, channels: int) -> dict[str, tuple[list[str], list[str]]]:
-    """Case id → (image files, its label file if there is one), names relative to the root; part: "Tr" or "Ts"."""
-    images, labels = nifti_files(root / f"images{part}"), nifti_files(root / f"labels{part}")
-    numbered = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
-    files: dict[str, list[str]] = {}
-    if all(match and int(match[2]) < channels for match in numbered.values()):
-        for name, match in numbered.items():
-            files.setdefault(match[1], []).append(f"images{part}/{images[name]}")
-        for case, names in files.items():
-            if len(names) != channels:
-                raise StudyError(
-                    f"images{part}: case '{case}' has {len(names)} of {channels} channel files; add the others"
-                )
-    else:
-        files = {name: [f"images{part}/{file}"] for name, file in images.items()}
-    for case, file in labels.items():
-        if case not in files:
-            raise StudyError(
-                f"labels{part}/{file}: a label without an image in images{part}; add the image or remove the label"
-            )
-    return {case: (names, [f"labels{part}/{labels[case]}"] if case in labels else []) for case, names in files.items()}

@@ -1,110 +1,64 @@
-"""Left atrium (LA): the prepared volumes of the 2018 challenge as the semi-supervised literature shares them.
+"""Left atrium (LA): late-gadolinium MRI of the 2018 Atrial Segmentation Challenge.
 
-    <root>/**/<case>/mri_norm2.h5     datasets image (float, z-scored) and label (0, 1), both (x, y, z)
-    train.list, test.list             one case a line; beside the cases, or up to one level above or below the root
+    <root>/**/<case>/mri_norm2.h5                     prepared, as the semi-supervised literature shares it, or
+    <root>/**/<case>/lgemri.nrrd, laendo.nrrd         raw, as the challenge gives it out (255 = left atrium)
+    train.list, test.list                             one case a line; in the root, one level below or above
 
-The arrays are taken as they are. Their voxel spacing is not recorded, so distances are in voxels.
+Prepared volumes are taken as they are; their voxel spacing is not recorded, so distances are in voxels. Raw ones are
+z-scored, then cropped in x and y to the label's box and 10 to 19 voxels a side, drawn from the case's name.
 """
 
 from pathlib import Path
 from typing import ClassVar
 
-import h5py
 import numpy as np
-from pydantic import Field
 
-from mlrpl.data.source import Entry, Options, Raw
+from mlrpl.data.benchmark import Benchmark, Files, around_label, by_case, drawn
+from mlrpl.data.grid import check_same_grid
+from mlrpl.data.preparation import Preparation
+from mlrpl.data.source import Entry, Raw
+from mlrpl.data.volumes import read_volume
 from mlrpl.errors import StudyError
 
-FILE = "mri_norm2.h5"
-TEST_SHARE = 0.2  # of the cases, when there are no list files
+PREPARED, IMAGE, LABEL = "mri_norm2.h5", "lgemri.nrrd", "laendo.nrrd"
+LEAST = (112, 112)  # voxels in x and y: the published patch
+ATRIUM = 255  # in laendo.nrrd
 
 
-class LeftAtriumOptions(Options):
-    """`seed` draws the split where there are no list files."""
-
-    seed: int = Field(0, ge=0)
-
-
-class LeftAtrium:
+class LeftAtrium(Benchmark):
     """Source `la`: one channel, background and left atrium."""
 
-    Options: ClassVar = LeftAtriumOptions
-    version: ClassVar = 1
-    needs_folder: ClassVar = True
     classes = ("background", "left atrium")
-    channels = 1
-    real_spacing = False
+    shares: ClassVar = {"test": 0.2}
+    looked_for: ClassVar = f"neither <case>/{PREPARED} nor <case>/{IMAGE}"
+    preparation = Preparation()
     licence = "terms of the 2018 Atrial Segmentation Challenge: for research, cite the challenge"
     citation = (
         "Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "
         "gadolinium-enhanced cardiac magnetic resonance imaging, Medical Image Analysis 67 (2021) 101832"
     )
 
-    def __init__(self, options: LeftAtriumOptions, root: Path) -> None:
-        self.root = root
-        files: dict[str, str] = {}
-        for path in sorted(root.rglob(FILE)):
-            name = path.relative_to(root).as_posix()
-            case = path.absolute().parent.name
-            if case in files:
-                raise StudyError(f"{name}: case '{case}' is in {files[case]} too; remove one of them")
-            files[case] = name
-        if not files:
-            raise StudyError(f"{root}: no <case>/{FILE} in this folder; give the folder of the published LA volumes")
-        splits = _published(root, files)
-        self.split = "published" if splits else "seeded"
-        self.entries = [
-            Entry(case, split, (files[case],))
-            for split, cases in (splits or _seeded(files, options.seed)).items()
-            for case in cases
-        ]
+    def prepared_files(self, root: Path) -> Files:
+        return {case: (name,) for case, name in by_case(root, PREPARED, lambda path: path.parent.name).items()}
 
-    def read(self, entry: Entry) -> Raw:
-        """Read one case; StudyError when the file is cut short or lacks a dataset."""
-        name = entry.files[0]
-        try:
-            with h5py.File(self.root / name) as file:
-                missing = {"image", "label"} - set(file)
-                if missing:
-                    raise StudyError(f"{name}: no dataset '{min(missing)}' in this file; replace it")
-                image, label = file["image"][()], file["label"][()]
-        except (OSError, RuntimeError) as error:
-            raise StudyError(
-                f"{name}: cannot be read as HDF5, it may be cut short; copy it again "
-                f"({str(error).splitlines()[0][:80]})"
-            ) from None
-        return Raw(image[None].astype(np.float32), label)
+    def raw_files(self, root: Path) -> Files:
+        images = by_case(root, IMAGE, lambda path: path.parent.name)
+        # The published 100 cases are the challenge's training set; its testing set came out later.
+        training = {case: name for case, name in images.items() if "testing set" not in name.lower()}
+        return {case: (name, name.replace(IMAGE, LABEL)) for case, name in (training or images).items()}
 
-
-def _published(root: Path, files: dict[str, str]) -> dict[str, list[str]] | None:
-    """Cases of the list files by split; None where there are none."""
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    if all(name.count("/") < 2 for name in files.values()):  # the root holds the cases: the lists may be above it
-        folders.append(root.resolve().parent)
-    for folder in folders:
-        lists = {split: folder / f"{split}.list" for split in ("train", "val", "test")}
-        lists = {split: path for split, path in lists.items() if path.is_file()}
-        if {"train", "test"} <= lists.keys():
-            break
-    else:
-        return None
-    splits = {split: path.read_text(encoding="utf-8").split() for split, path in lists.items()}
-    seen: set[str] = set()
-    for split, cases in splits.items():
-        for case in cases:
-            if case not in files:
-                raise StudyError(
-                    f"{split}.list names case '{case}', but there is no {case}/{FILE}; "
-                    "complete the dataset or correct the list"
-                )
-            if case in seen:
-                raise StudyError(f"{split}.list names case '{case}', which was listed before; correct the lists")
-            seen.add(case)
-    return splits
-
-
-def _seeded(files: dict[str, str], seed: int) -> dict[str, list[str]]:
-    cases = [str(case) for case in np.random.default_rng(seed).permutation(sorted(files))]
-    test = max(1, round(TEST_SHARE * len(cases)))
-    return {"train": cases[:-test], "test": cases[-test:]}
+    def read_raw(self, entry: Entry) -> Raw:
+        name, label_name = entry.files
+        if not (self.root / label_name).is_file():
+            raise StudyError(f"{label_name}: not there; complete the case or remove it")
+        (image, geometry), (label, place) = (read_volume(self.root, file) for file in entry.files)
+        if label.shape[1:] != image.shape[1:]:
+            raise StudyError(f"{label_name}: its shape is {label.shape[1:]}, but that of {name} is {image.shape[1:]}")
+        check_same_grid(label_name, place, name, geometry)
+        prepared = self.preparation.apply(image, geometry, name)
+        label = np.where(label[0] == ATRIUM, 1, label[0])
+        random = drawn(entry.id)
+        margins = [tuple(random.integers(10, 20, 2).tolist()) for _ in LEAST]
+        box = around_label(label, margins, LEAST, label_name)
+        cropped, spacing, place = prepared.part(box)
+        return Raw(cropped, label[box], spacing, place, prepared.source)

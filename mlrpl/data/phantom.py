@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import Field
 from scipy.ndimage import gaussian_filter
 
-from mlrpl.data.source import Entry, Options, Raw, z_score
+from mlrpl.data.preparation import Preparation, z_score
+from mlrpl.data.source import Entry, Options, Raw, Rejected
 
 SPLITS = {"train": 0, "test": 1}
 GREY_LEVELS = 1000  # whole grey levels, so that the last bit of a float, which machines differ in, is rounded away
@@ -48,6 +49,10 @@ class Phantom:
     licence = "MIT, as this repository"
     citation = "drawn by mlrpl.data.phantom"
     split = "drawn"
+    form = "drawn"
+    preparation = Preparation()
+    lenient = False
+    rejected: ClassVar[list[Rejected]] = []
 
     def __init__(self, options: PhantomOptions, root: Path | None = None) -> None:
         self.options = options

@@ -1,41 +1,71 @@
-"""From a source to a case store: read, check, sub-sample, write, all or nothing."""
+"""From a source to a case store: read, check, sub-sample, write; several cases at a time, all or nothing.
+
+A store grows in `.<folder>.partial` and takes its name when it is whole. A case is finished when its record is there,
+so a preparation that was killed goes on with the next case; what it ends with is the same to the last byte.
+"""
 
 import hashlib
-import io
 import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
 
+from mlrpl.data.brats import Brats
 from mlrpl.data.decathlon import Decathlon
 from mlrpl.data.la import LeftAtrium
+from mlrpl.data.pancreas import Pancreas
 from mlrpl.data.phantom import Phantom
-from mlrpl.data.source import Entry, Raw, Source, parse_options
-from mlrpl.data.store import FORMAT, Store, array_path, open_store
+from mlrpl.data.source import Entry, Raw, Rejected, Source, parse_options
+from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
+from mlrpl.data.volumes import checksum, size
 from mlrpl.errors import StudyError
+from mlrpl.files import read_json, write_json
 
 if TYPE_CHECKING:
     from mlrpl.config import Dataset
 
 Progress = Callable[[int, int], None]  # cases done, cases in all
 
-SOURCES: dict[str, type[Source]] = {"phantom": Phantom, "la": LeftAtrium, "decathlon": Decathlon}
+SOURCES: dict[str, type[Source]] = {
+    "phantom": Phantom,
+    "la": LeftAtrium,
+    "pancreas": Pancreas,
+    "brats": Brats,
+    "decathlon": Decathlon,
+}
+WORKERS = 4  # at most: each holds a few volumes
 
 
-def prepare(dataset: "Dataset", source: Path | None, folder: Path, progress: Progress | None = None) -> Store:
+def prepare(
+    dataset: "Dataset",
+    source: Path | None,
+    folder: Path,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Store:
     """Make the case store of a dataset in `folder`, or open the one that is there and still right.
 
     A store is right when it was made with the same settings from the same listing (case order, file names,
-    sizes); with `source` None (the user gave no DATA) the settings alone decide. It is built in
-    `.<folder>.partial` beside it and renamed, so `folder` is never half-written: a preparation that fails or is
-    killed leaves whatever was there before, and the next one starts again.
+    sizes); with `source` None (the user gave no DATA) the settings alone decide. `folder` is never half-written: a
+    preparation that fails leaves whatever was there before, one that is killed goes on where it was.
 
-    progress(done, total) is called after each case. Every case is checked; StudyError names the first problem
-    and how many more there are.
+    Args:
+        dataset: what to prepare.
+        source: the folder of the data set's own files.
+        folder: of the store.
+        progress: called with (done, total) after each case.
+        workers: cases at a time; default: the processors, four at most. The store does not depend on it.
+
+    Raises:
+        StudyError: every case is checked; it names the first problem and how many more there are. A lenient source
+            loses faulty cases instead; the store's index lists them.
     """
     if dataset.source not in SOURCES:
         raise StudyError(f"dataset {dataset.name}: unknown source '{dataset.source}'; known: {', '.join(SOURCES)}")
@@ -56,9 +86,8 @@ def prepare(dataset: "Dataset", source: Path | None, folder: Path, progress: Pro
         if not root.is_dir():
             raise StudyError(f"{root}: no such folder; give the folder of the {dataset.name} dataset as DATA=/path")
     reader = kind(options, root)
-    for split in ("train", "test"):
-        if not any(entry.split == split for entry in reader.entries):
-            raise StudyError(f"dataset {dataset.name}: no {split} case; a study needs both training and test cases")
+    if not any(entry.split == "train" for entry in reader.entries):
+        raise StudyError(f"dataset {dataset.name}: no training case; a study needs training cases")
     settings["listing"] = _listing(reader, root)
     store = _existing(folder, settings)
     if store:
@@ -66,7 +95,9 @@ def prepare(dataset: "Dataset", source: Path | None, folder: Path, progress: Pro
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(folder, ".lock")):
-            return _existing(folder, settings) or _build(reader, settings, folder, progress)
+            return _existing(folder, settings) or _build(
+                reader, root, settings, folder, progress, workers or min(WORKERS, _processors())
+            )
     except OSError as error:  # disk full, read-only, ...: sources turn their own into StudyError
         raise StudyError(f"{folder}: cannot write the case store: {error.strerror or error}") from None
 
@@ -97,17 +128,24 @@ def _existing(folder: Path, settings: dict[str, Any]) -> Store | None:
 def _listing(reader: Source, root: Path | None) -> str:
     """Digest of what the source holds: case order, splits, file names and sizes."""
     rows = [
-        [entry.id, entry.split, [[name, (root / name).stat().st_size] for name in entry.files]]
+        [entry.id, entry.split, [[name, size(root / name)] for name in entry.files if (root / name).exists()]]
         for entry in reader.entries
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def _build(reader: Source, settings: dict[str, Any], folder: Path, progress: Progress | None) -> Store:
+def _build(
+    reader: Source, root: Path | None, settings: dict[str, Any], folder: Path, progress: Progress | None, workers: int
+) -> Store:
     partial, previous = _beside(folder, ".partial"), _beside(folder, ".old")
-    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+    if read_json(partial / "settings.json") != settings:  # of another preparation that was killed
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        cases = _write_cases(reader, settings["step"], partial, progress)
+        write_json(partial / "settings.json", settings)
+        cases, rejected = _write_cases(reader, root, settings["step"], partial, progress, workers)
+        scales = [case.pop("scale") for case in cases]
+        trained = [scale for case, scale in zip(cases, scales, strict=True) if scale and case["split"] == "train"]
+        preparation = reader.preparation.scaled(np.mean(trained, axis=0).tolist()) if trained else reader.preparation
         index = {
             "format": FORMAT,
             "name": settings["name"],
@@ -117,38 +155,75 @@ def _build(reader: Source, settings: dict[str, Any], folder: Path, progress: Pro
             "licence": reader.licence,
             "citation": reader.citation,
             "split": reader.split,
+            "form": reader.form,
+            "preparation": preparation.model_dump(mode="json"),
             "settings": settings,
-            "fingerprint": _fingerprint(cases),
+            "fingerprint": fingerprint(cases),
+            "rejected": [asdict(each) for each in [*reader.rejected, *rejected]],
             "cases": cases,
         }
+        (partial / "settings.json").unlink()
+        shutil.rmtree(partial / "records")
         (partial / "store.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.replace(previous)
         partial.replace(folder)
         shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
+    except Exception:  # an interruption leaves what is finished
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_store(folder)
 
 
-def _write_cases(reader: Source, step: int, folder: Path, progress: Progress | None) -> list[dict[str, Any]]:
-    cases, problems = [], []
-    for done, entry in enumerate(reader.entries, start=1):
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_cases(
+    reader: Source, root: Path | None, step: int, folder: Path, progress: Progress | None, workers: int
+) -> tuple[list[dict[str, Any]], list[Rejected]]:
+    """Records of the usable cases and the rejected ones, in the source's order."""
+    found: dict[str, dict[str, Any] | Rejected] = {}
+    # Threads: reading, resampling and NumPy's work on whole volumes leave the interpreter to the others.
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(_write_case, reader, root, step, folder, entry): entry for entry in reader.entries}
         try:
-            raw = reader.read(entry)
-            check(raw, entry, reader.channels, len(reader.classes))
-        except StudyError as error:
-            problems.append(str(error))
-        if not problems:
-            cases.append(_write_case(_subsample(raw, step), entry, folder))
-        if progress:
-            progress(done, len(reader.entries))
-    if problems:
-        more = f" (and {len(problems) - 1} more cases have a problem)" if len(problems) > 1 else ""
-        raise StudyError(problems[0] + more)
-    return cases
+            for done, future in enumerate(as_completed(waiting), start=1):
+                found[waiting[future].id] = future.result()
+                if progress:
+                    progress(done, len(waiting))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    ordered = [found[entry.id] for entry in reader.entries]
+    rejected = [each for each in ordered if isinstance(each, Rejected)]
+    cases = [each for each in ordered if not isinstance(each, Rejected)]
+    if rejected and not (reader.lenient and any(case["split"] == "train" for case in cases)):
+        more = f" (and {len(rejected) - 1} more cases have a problem)" if len(rejected) > 1 else ""
+        raise StudyError(rejected[0].problem + more)
+    for each in rejected:
+        shutil.rmtree(array_path(folder, each.case, "image").parent, ignore_errors=True)
+    return cases, rejected
+
+
+def _write_case(reader: Source, root: Path | None, step: int, folder: Path, entry: Entry) -> dict[str, Any] | Rejected:
+    """Prepare one case; its record is written last, and a record that is there of the same files is taken as it is."""
+    record = folder / "records" / f"{entry.id}.json"
+    try:
+        missing = [name for name in entry.files if not (root / name).exists()]
+        sources = [checksum(root / name) for name in entry.files] if not missing else None
+        finished = read_json(record)
+        if finished and finished["sources"] == sources:
+            return finished
+        raw = reader.read(entry)
+        check(raw, entry, reader.channels, len(reader.classes))
+    except StudyError as error:
+        return Rejected(entry.id, str(error))
+    case = {**_save(_subsample(raw, step), entry, folder), "sources": sources, "scale": raw.scale}
+    write_json(record, case)
+    return case
 
 
 def check(raw: Raw, entry: Entry, channels: int, classes: int) -> None:
@@ -179,7 +254,7 @@ def _subsample(raw: Raw, step: int) -> Raw:
     """Every step-th voxel of the image, which keeps the origin; the label by `block_label`."""
     label = None if raw.label is None else block_label(raw.label.astype(np.uint8), step)
     spacing = tuple(float(side) * step for side in raw.spacing)
-    return Raw(raw.image[:, ::step, ::step, ::step], label, spacing, raw.geometry)
+    return replace(raw, image=raw.image[:, ::step, ::step, ::step], label=label, spacing=spacing)
 
 
 def block_label(label: np.ndarray, step: int) -> np.ndarray:
@@ -201,32 +276,37 @@ def _block_sum(mask: np.ndarray, step: int) -> np.ndarray:
     return total
 
 
-def _write_case(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
+class _Hashing:
+    """A file that knows what was written to it; NumPy hands it pieces, and a full disk is then told as such."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.bytes += len(data)
+
+
+def _save(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
     arrays = {"image": raw.image.astype(np.float32)}
     if raw.label is not None:
         arrays["label"] = raw.label
     written = {}
     for name, array in arrays.items():
-        data = io.BytesIO()
-        np.save(data, np.ascontiguousarray(array), allow_pickle=False)
         path = array_path(folder, entry.id, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.getbuffer())
-        written[name] = {"bytes": data.getbuffer().nbytes, "sha256": hashlib.sha256(data.getbuffer()).hexdigest()}
+        with path.open("wb") as file:
+            hashing = _Hashing(file)
+            np.save(hashing, np.ascontiguousarray(array), allow_pickle=False)
+        written[name] = {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
     return {
         "id": entry.id,
         "split": entry.split,
         "shape": list(raw.image.shape[1:]),
         "spacing": list(raw.spacing),
         "geometry": raw.geometry,
+        "original": raw.original,
         "has_label": raw.label is not None,
         "arrays": written,
     }
-
-
-def _fingerprint(cases: list[dict[str, Any]]) -> str:
-    rows = [
-        [case["id"], case["split"], case["spacing"], [array["sha256"] for array in case["arrays"].values()]]
-        for case in cases
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mlrpl.data.preparation import Preparation
 from mlrpl.errors import StudyError
 
 
@@ -28,20 +29,34 @@ class Entry:
 
     id: str
     split: str  # "train" | "val" | "test"
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # a folder stands for all files in it
 
 
 @dataclass(frozen=True)
 class Raw:
     """One case as read: image (channels, x, y, z) float32, label (x, y, z) of any number type or None.
 
-    `geometry` holds what a NIfTI needs beside the spacing (origin and direction); None where it is unknown.
+    Attributes:
+        geometry: what a NIfTI needs beside the spacing (origin and direction); None where it is unknown.
+        original: shape, spacing, origin and direction of the file's own grid, where they are known.
+        scale: mean and standard deviation that each channel was scaled by, where a new image cannot be scaled by its
+            own.
     """
 
     image: np.ndarray
     label: np.ndarray | None
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # mm
     geometry: dict[str, list[float]] | None = None
+    original: dict[str, list[float]] | None = None
+    scale: list[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A case, or a file that makes none, that was left out, and why."""
+
+    case: str
+    problem: str
 
 
 class Source(Protocol):
@@ -57,6 +72,10 @@ class Source(Protocol):
     citation: str
     split: str  # where the splits come from: "published" | "seeded" | "drawn"
     entries: list[Entry]  # training cases in the order of the list: the first n are the labelled ones
+    form: str  # what was found, for people: "prepared", "raw", …
+    preparation: Preparation  # how a new image is made ready for a network that was trained on this data
+    lenient: bool  # whether faulty cases are left out instead of refused as a whole
+    rejected: list[Rejected]  # what listing the cases left out already
 
     def __init__(self, options: Any, root: Path | None) -> None: ...
 
@@ -74,13 +93,3 @@ def parse_options(source: type[Source], name: str, options: Mapping[str, Any]) -
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(source.Options.model_fields) or "none"
         raise StudyError(f"dataset option '{where}' of source '{name}': {first['msg']}; known: {known}") from None
-
-
-def z_score(image: np.ndarray, name: str) -> np.ndarray:
-    """Each channel of (channels, x, y, z) to mean 0 and standard deviation 1, as float32."""
-    axes = tuple(range(1, image.ndim))
-    image = image.astype(np.float64)
-    deviation = image.std(axis=axes, keepdims=True)
-    if not deviation.all():
-        raise StudyError(f"{name}: every voxel of a channel has the same value; replace or remove the image")
-    return ((image - image.mean(axis=axes, keepdims=True)) / deviation).astype(np.float32)

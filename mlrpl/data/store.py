@@ -1,6 +1,7 @@
 """The case store: prepared volumes on disk, read by every later step.
 
-    <folder>/store.json                 what the dataset is and, per case, split, shape, spacing, geometry, SHA-256
+    <folder>/store.json                 what the dataset is, how images are prepared, what was rejected and, per case,
+                                        split, shape, spacing, geometry, SHA-256 of arrays and of the files behind them
     <folder>/cases/<id>/image.npy       float32 (channels, x, y, z)
     <folder>/cases/<id>/label.npy       uint8 (x, y, z); absent for a case without reference
 
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from mlrpl.data.preparation import Preparation
 from mlrpl.errors import StudyError
 
-FORMAT = 1  # raise when what is written changes: older stores are then prepared again
+FORMAT = 2  # raise when what is written changes: older stores are then prepared again
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,27 @@ class Store:
         self.licence: str = index["licence"]
         self.citation: str = index["citation"]
         self.fingerprint: str = index["fingerprint"]
+        self.preparation = Preparation.model_validate(index["preparation"])  # of a new image, for prediction
         self._cases: dict[str, dict[str, Any]] = {case["id"]: case for case in index["cases"]}
 
     def ids(self, split: str) -> list[str]:
         """Case ids of "train", "val" or "test" in list order; in training the first n are the labelled ones."""
         return [case["id"] for case in self.index["cases"] if case["split"] == split]
+
+    def fold(self, number: int, folds: int) -> "Store":
+        """This store with every `folds`-th labelled training case, from `number` on, as a test case.
+
+        Raises:
+            StudyError: where there are fewer labelled cases than folds, or test cases already.
+        """
+        labelled = [case["id"] for case in self.index["cases"] if case["split"] == "train" and case["has_label"]]
+        if self.ids("test"):
+            raise StudyError(f"{self.name} has test cases of its own: set folds: 0, or leave them out of the data set")
+        if len(labelled) < max(folds, 2):
+            raise StudyError(f"{self.name}: {len(labelled)} labelled cases cannot make {folds} folds; lower 'folds'")
+        held = set(labelled[number::folds])
+        cases = [case | {"split": "test"} if case["id"] in held else case for case in self.index["cases"]]
+        return Store(self.folder, self.index | {"cases": cases, "fingerprint": fingerprint(cases)})
 
     def load(self, case_id: str) -> Case:
         """Read one case and check its bytes; StudyError when it is not in the store or damaged."""
@@ -104,6 +122,15 @@ def open_store(folder: Path | str) -> Store:
         if path.stat().st_size != size:
             raise _damaged(folder, path, f"it has {path.stat().st_size} bytes instead of {size}")
     return store
+
+
+def fingerprint(cases: list[dict[str, Any]]) -> str:
+    """Names what a training depends on: case order, splits, spacings and arrays."""
+    rows = [
+        [case["id"], case["split"], case["spacing"], [array["sha256"] for array in case["arrays"].values()]]
+        for case in cases
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def array_path(folder: Path, case_id: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, ClassVar
 
 import torch
@@ -81,12 +82,24 @@ class Method(nn.Module):
 
         Args:
             image: (N, channels, x, y, z).
-            outputs: of `self.outputs`. Decoders that no output needs are not run.
+            outputs: of `self.outputs`. Decoders that no output needs are not run. "disagreement" may be asked of a
+                method with several decoders: (N, 1, x, y, z) from 0 to 1, half the L1 distance of two decoders'
+                probabilities, mean over their pairs.
         """
-        logits, _ = self.network(image, decoders=None if "mean" in outputs else 1)
+        logits, _ = self.network(image, decoders=1 if set(outputs) == {"decoder1"} else None)
         probabilities = [z.float().softmax(1) for z in logits]
-        choices = {"decoder1": lambda: probabilities[0], "mean": lambda: torch.stack(probabilities).mean(0)}
+        choices = {
+            "decoder1": lambda: probabilities[0],
+            "mean": lambda: torch.stack(probabilities).mean(0),
+            "disagreement": lambda: disagreement(probabilities),
+        }
         return [choices[output]() for output in outputs]
+
+
+def disagreement(probabilities: list[Tensor]) -> Tensor:
+    """Half the L1 distance (N, 1, x, y, z) of two decoders' probabilities (N, C, x, y, z), mean over all pairs."""
+    pairs = [(p - q).abs().sum(1, keepdim=True) / 2 for p, q in combinations(probabilities, 2)]
+    return torch.stack(pairs).mean(0)
 
 
 @torch.no_grad()

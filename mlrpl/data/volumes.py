@@ -1,24 +1,52 @@
-"""Volumes from NIfTI files, axes x, y, z as in the file, with the geometry that writing a prediction back needs."""
+"""Volumes as files: NIfTI, NRRD and folders of DICOM slices; axes x, y, z as in the file, with their geometry."""
 
 import gzip
+import hashlib
 import math
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK
 
+from mlrpl.data.dicom import read_dicom
+from mlrpl.data.grid import Geometry, to_itk
 from mlrpl.errors import StudyError
+from mlrpl.files import atomic
 
-ENDINGS = (".nii.gz", ".nii")
+if TYPE_CHECKING:
+    import SimpleITK
+
+NIFTI = (".nii.gz", ".nii")
+NRRD = (".nrrd", ".nhdr")
+ENDINGS = NIFTI + NRRD
 FLOATS = {16: "f4", 64: "f8"}  # of NIfTI's data types
 HEADER_SIZES = (348, 540)  # NIfTI-1 and 2; read with the wrong byte order they are other numbers
-Geometry = dict[str, list[float]]  # spacing (3, mm), origin (3, mm), direction (9, row by row)
+
+
+def read_volume(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+    """Volume (channels, x, y, z) and geometry of <root>/<name>: a NIfTI or NRRD file, or a folder with a DICOM series.
+
+    Raises:
+        StudyError: when it is unreadable, cut short or of another kind.
+    """
+    path = root / name
+    if path.is_dir():
+        volume, geometry = read_dicom(path, name)
+        return volume[None], geometry
+    if ending(name) in NIFTI:
+        return read_nifti(root, name)
+    if ending(name) in NRRD:
+        return _read_nrrd(root, name)
+    raise StudyError(
+        f"{name}: neither NIfTI ({', '.join(NIFTI)}), NRRD ({', '.join(NRRD)}) nor a folder of DICOM files"
+    )
 
 
 def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
+    import SimpleITK
+
     try:
         volume = SimpleITK.ReadImage(str(root / name))
         stored = _stored_voxels(root / name, volume)
@@ -27,6 +55,22 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     bad = np.count_nonzero(~np.isfinite(stored))
     if bad:
         raise StudyError(f"{name}: {bad} voxels are NaN or infinite; repair or remove the case")
+    return _array_and_geometry(volume, name)
+
+
+def _read_nrrd(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+    import SimpleITK
+
+    try:
+        volume = SimpleITK.ReadImage(str(root / name))
+    except RuntimeError:
+        raise StudyError(f"{name}: cannot be read as NRRD, it may be cut short; copy it again") from None
+    return _array_and_geometry(volume, name)
+
+
+def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> tuple[np.ndarray, Geometry]:
+    import SimpleITK
+
     array = SimpleITK.GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
     if volume.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
@@ -39,17 +83,17 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     return array.transpose(0, 3, 2, 1), {key: [float(v) for v in value] for key, value in geometry.items()}
 
 
-def check_same_grid(
-    name: str, geometry: Mapping[str, list[float]], other: str, expected: Mapping[str, list[float]]
-) -> None:
-    """StudyError unless both lie alike in space, to a tenth of a voxel: a flipped label would train without a word."""
-    voxel = min(expected["spacing"])
-    for key, tolerance in (("spacing", 0.01 * voxel), ("origin", 0.1 * voxel), ("direction", 0.01)):
-        if not np.allclose(geometry[key], expected[key], rtol=0, atol=tolerance):
-            raise StudyError(
-                f"{name}: its {key} {_short(geometry[key])} is not that of {other}, "
-                f"{_short(expected[key])}; export both on the same grid"
-            )
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write a volume (x, y, z), compressed, atomically."""
+    import SimpleITK
+
+    with atomic(path) as partial:
+        working = partial.with_name(f"{partial.name}.nii.gz")  # ITK goes by the ending
+        try:
+            SimpleITK.WriteImage(to_itk(array, geometry), str(working), useCompression=True)
+            working.replace(partial)
+        finally:
+            working.unlink(missing_ok=True)
 
 
 def nifti_files(folder: Path) -> dict[str, str]:
@@ -57,7 +101,7 @@ def nifti_files(folder: Path) -> dict[str, str]:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files: dict[str, str] = {}
     for name in names:
-        if not name.startswith(".") and name.endswith(ENDINGS):
+        if not name.startswith(".") and name.endswith(NIFTI):
             case = name.removesuffix(ending(name))
             if case in files:
                 raise StudyError(f"{folder.name}: both {files[case]} and {name}; remove one of them")
@@ -66,11 +110,27 @@ def nifti_files(folder: Path) -> dict[str, str]:
 
 
 def ending(name: str) -> str:
-    """The NIfTI ending of a file name, empty where it has none."""
-    return next((known for known in ENDINGS if name.endswith(known)), "")
+    """The ending of a volume's file name, empty where it has none that is known."""
+    return next((known for known in ENDINGS if name.lower().endswith(known)), "")
 
 
-def _stored_voxels(path: Path, volume: SimpleITK.Image) -> np.ndarray:
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; of a folder that of its files' sorted checksums, so that their names do not matter."""
+    if path.is_dir():
+        inside = sorted(checksum(file) for file in path.rglob("*") if file.is_file())
+        return hashlib.sha256("".join(inside).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stored_voxels(path: Path, volume: "SimpleITK.Image") -> np.ndarray:
     """The numbers as they lie in the file; whole numbers as bytes, since they need no look.
 
     ITK reads a file that is cut short as zeros, and NaN as zero, without a word: hence this look at the file. Raises
@@ -85,7 +145,3 @@ def _stored_voxels(path: Path, volume: SimpleITK.Image) -> np.ndarray:
     dtype = f"{order}{FLOATS[header['datatype']]}" if header["datatype"] in FLOATS else f"V{header['bitpix'] // 8}"
     stored = np.frombuffer(data, dtype, count, header["vox_offset"])
     return stored if header["datatype"] in FLOATS else stored.view(np.uint8)
-
-
-def _short(values: list[float]) -> str:
-    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"

@@ -1,0 +1,289 @@
+"""Label maps of new images, each on its own grid, from the runs of a study; several folds of one run are averaged.
+
+Memory stays at a few volumes: windows are summed slab by slab, and class after class goes back to the image's grid.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from mlrpl.data import Store
+from mlrpl.data.grid import check_same_grid
+from mlrpl.data.preparation import Prepared
+from mlrpl.data.volumes import ENDINGS, ending, read_volume, write_nifti
+from mlrpl.errors import StudyError
+from mlrpl.inference import sliding_slabs, window_starts
+from mlrpl.methods import Method
+from mlrpl.precision import Precision
+from mlrpl.study import Job, Workplace
+from mlrpl.training import load, make_method
+
+NOTICE = "For research, not for diagnosis."
+Progress = Callable[[int, int], None]  # windows done, windows in all
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Trained methods that predict together, and how their data set prepares an image."""
+
+    name: str
+    methods: tuple[tuple[Method, Precision], ...]
+    store: Store
+    device: torch.device
+
+    @property
+    def output(self) -> str:
+        """The mean of the decoders where there are several."""
+        return "mean" if "mean" in self.methods[0][0].outputs else "decoder1"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image to predict: a name for its files, and the files of its channels (or one file, or one DICOM folder)."""
+
+    name: str
+    files: tuple[Path, ...]
+
+
+def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
+    """The trained runs that `run` names: STUDY for the study's first, STUDY/RUN for another; all folds together.
+
+    Raises:
+        StudyError: for an unknown study or run, one that is not trained, or a data set that was not prepared here.
+    """
+    file = re.fullmatch(r"(.+\.ya?ml)(?:/(.+))?", run)
+    study, _, name = run.partition("/") if not file else (file[1], "", file[2] or "")
+    place = Workplace(study, runs)
+    if place.study.dataset.step > 1:
+        raise StudyError(f"study {place.study.name} learned from every second voxel; predict with one of step: 1")
+    jobs = _named(place, name)
+    if waiting := [job.run.name for job in jobs if not job.finished("train")]:
+        raise StudyError(f"run {waiting[0]} is not trained yet; mlrpl train {study} does it")
+    store = place.store
+    methods = []
+    for job in jobs:
+        method = make_method(job.run, store, device)
+        weights = load(job.folder / "last.pt", device)
+        method.load_state_dict(weights["method"])
+        methods.append((method.eval(), Precision(weights["precision"])))
+    return Ensemble(_group(jobs[0]), tuple(methods), store, device)
+
+
+def _group(job: Job) -> str:
+    """A run's name without its fold."""
+    return job.run.name.removesuffix(f"-f{job.run.fold}")
+
+
+def _named(place: Workplace, name: str) -> list[Job]:
+    if not name:
+        name = _group(place.jobs[0])
+    jobs = [job for job in place.jobs if name in (job.run.name, _group(job))]
+    if not jobs:
+        known = ", ".join(dict.fromkeys(_group(job) for job in place.jobs))
+        raise StudyError(f"study {place.study.name} has no run {name!r}: it has {known}")
+    return jobs
+
+
+def find_images(given: Iterable[Path], channels: int) -> list[Image]:
+    """The images among files and folders: a folder holds NIfTI or NRRD files, or else the slices of a DICOM series.
+
+    Files <case>_0000, <case>_0001, … are the channels of one case where the data set has several.
+
+    Raises:
+        StudyError: where something is not there, is no image, or two would get the same name.
+    """
+    files: list[Path] = []
+    images: list[Image] = []
+    for path in given:
+        if not path.exists():
+            raise StudyError(f"{path}: not there; give images, or folders with images")
+        inside = sorted(p for p in path.iterdir() if _is_volume(p)) if path.is_dir() else []
+        if inside or not path.is_dir():
+            files += inside or [path]
+        else:
+            images.append(Image(path.resolve().name, (path,)))
+    grouped: dict[str, list[Path]] = {}
+    for path in files:
+        name = path.name.removesuffix(ending(path.name))
+        numbered = re.fullmatch(r"(.+)_(\d{4})", name)
+        several = numbered and int(numbered[2]) < channels and (channels > 1 or numbered[2] == "0000")
+        grouped.setdefault(numbered[1] if several else name, []).append(path)
+    images += [Image(name, tuple(sorted(paths))) for name, paths in grouped.items()]
+    names = [image.name for image in images]
+    for image in images:
+        if names.count(image.name) > 1 or len(image.files) > max(channels, 1):
+            raise StudyError(f"{image.files[0].name}: two images would be named '{image.name}'; predict them apart")
+    if not images:
+        raise StudyError("no image is given")
+    return images
+
+
+def _is_volume(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".") and ending(path.name) in ENDINGS
+
+
+def predict_image(
+    ensemble: Ensemble,
+    image: Image,
+    output: Path,
+    *,
+    probabilities: bool = False,
+    disagreement: bool = False,
+    largest: bool = False,
+    watch: Progress | None = None,
+) -> list[Path]:
+    """Write an image's label map on its own grid: <output>/<name>.nii.gz, and what else is asked for.
+
+    Args:
+        ensemble: predicts.
+        image: to be predicted.
+        output: folder; made where it is missing.
+        probabilities: also <name>_probability_<class>.nii.gz of each foreground class.
+        disagreement: also <name>_disagreement.nii.gz, how far the decoders are apart, 0 … 1.
+        largest: of each class keep the largest connected component alone.
+        watch: called with (done, of) windows.
+
+    Returns:
+        The files, the label map first.
+
+    Raises:
+        StudyError: where the image is unreadable or of another number of channels, or the disagreement is asked of a
+            method with one decoder.
+    """
+    method = ensemble.methods[0][0]
+    if disagreement and "mean" not in method.outputs:
+        raise StudyError(f"{ensemble.name} has one decoder: there is no disagreement; leave --disagreement out")
+    classes = ensemble.store.classes
+    prepared = _prepare(ensemble, image)
+    outputs = (ensemble.output, *(["disagreement"] if disagreement else []))
+    labels = np.empty(prepared.image.shape[1:], np.uint8)
+    keep = probabilities or disagreement or prepared.resampled
+    values = np.empty((len(classes) + disagreement, *labels.shape), np.float16) if keep else None
+    for start, slab in _slabs(ensemble, prepared, outputs, watch):
+        planes = slice(start, start + slab.shape[1])
+        labels[planes] = slab[: len(classes)].argmax(0).to(torch.uint8).cpu().numpy()
+        if values is not None:
+            values[:, planes] = slab.cpu().numpy()
+    preparation, geometry = ensemble.store.preparation, prepared.original
+    files = {image.name: _restored_labels(ensemble, prepared, labels, values)}
+    if largest:
+        keep_largest(files[image.name], len(classes))
+    paths = [output / f"{image.name}.nii.gz"]
+    write_nifti(paths[0], files[image.name], geometry)
+    wanted = {f"probability_{_slug(name)}": c for c, name in enumerate(classes) if c and probabilities}
+    wanted |= {"disagreement": len(classes)} if disagreement else {}
+    for what, channel in wanted.items():
+        paths.append(output / f"{image.name}_{what}.nii.gz")
+        write_nifti(paths[-1], preparation.restore(values[channel], prepared).astype(np.float32), geometry)
+    return paths
+
+
+def _prepare(ensemble: Ensemble, image: Image) -> Prepared:
+    volumes = [read_volume(path.parent, path.name) for path in image.files]
+    name, (_, geometry) = image.files[0].name, volumes[0]
+    for path, (array, other) in zip(image.files[1:], volumes[1:], strict=True):
+        if array.shape[1:] != volumes[0][0].shape[1:]:
+            raise StudyError(f"{path.name}: its shape is not that of {name}; export all channels on the same grid")
+        check_same_grid(path.name, other, name, geometry)
+    array = np.concatenate([array for array, _ in volumes]) if len(volumes) > 1 else volumes[0][0]
+    if len(array) != ensemble.store.channels:
+        raise StudyError(f"{name}: {len(array)} channels, but {ensemble.name} learned from {ensemble.store.channels}")
+    if not np.isfinite(array).all():
+        raise StudyError(f"{name}: some voxels are NaN or infinite; repair the image")
+    return ensemble.store.preparation.apply(array, geometry, name)
+
+
+def _slabs(
+    ensemble: Ensemble, prepared: Prepared, outputs: tuple[str, ...], watch: Progress | None
+) -> Iterable[tuple[int, Tensor]]:
+    settings, device = ensemble.methods[0][0].settings, ensemble.device
+    total = prod(map(len, window_starts(prepared.image.shape[1:], settings.patch, settings.stride)))
+    done = 0
+
+    def predict(windows: Tensor) -> Tensor:
+        nonlocal done
+        windows = windows.to(device, memory_format=torch.channels_last_3d)
+        values = 0.0
+        for method, precision in ensemble.methods:
+            with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.reduced):
+                values = values + torch.cat(method.predict(windows, outputs), dim=1)
+        done += len(windows)
+        if watch:
+            watch(done, total)
+        return values / len(ensemble.methods)
+
+    volume = torch.from_numpy(np.ascontiguousarray(prepared.image)).to(device)
+    return sliding_slabs(predict, volume, settings.patch, settings.stride)
+
+
+def _restored_labels(
+    ensemble: Ensemble, prepared: Prepared, labels: np.ndarray, values: np.ndarray | None
+) -> np.ndarray:
+    """The label map on the image's own grid: of interpolated probabilities where voxels were resampled."""
+    if not prepared.resampled:
+        return np.ascontiguousarray(ensemble.store.preparation.restore(labels, prepared))
+    best, found = None, None
+    for c in range(len(ensemble.store.classes)):
+        restored = ensemble.store.preparation.restore(values[c], prepared)
+        if best is None:
+            best, found = restored, np.zeros(restored.shape, np.uint8)
+        else:
+            higher = restored > best
+            found[higher] = c
+            np.maximum(best, restored, out=best)
+    return found
+
+
+def keep_largest(labels: np.ndarray, classes: int) -> None:
+    """Of each foreground class leave the largest component (voxels that touch, also by a corner) alone, in place."""
+    for c in range(1, classes):
+        mask = labels == c
+        components, count = ndimage.label(mask, np.ones((3, 3, 3)))
+        if count > 1:
+            sizes = np.bincount(components.ravel())
+            labels[mask & (components != 1 + sizes[1:].argmax())] = 0
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def predict(
+    run: str,
+    given: Sequence[Path],
+    output: Path,
+    *,
+    runs: str,
+    device: torch.device,
+    bar: Callable[[str], Progress],
+    **options: bool,
+) -> dict[str, str]:
+    """Predict all images; one that cannot be is named and the others go on.
+
+    Args:
+        run: as for `open_ensemble`.
+        given: files and folders.
+        output: folder of the predictions.
+        runs: folder of runs.
+        device: where to predict.
+        bar: makes a progress callback for an image's name.
+        options: of `predict_image`.
+
+    Returns:
+        The problem of each image that was not predicted.
+    """
+    ensemble = open_ensemble(run, runs, device)
+    problems = {}
+    for image in find_images(given, ensemble.store.channels):
+        try:
+            predict_image(ensemble, image, output, watch=bar(image.name), **options)
+        except StudyError as error:
+            problems[image.name] = str(error)
+    return problems

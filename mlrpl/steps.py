@@ -1,0 +1,136 @@
+"""The steps of a study one at a time, in this process: prepare, train, evaluate, predict. `reproduce` does them all."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from mlrpl import tables
+from mlrpl.config import study_names
+from mlrpl.data import Store
+from mlrpl.errors import StudyError
+from mlrpl.prediction import NOTICE, predict
+from mlrpl.proposal import write_study
+from mlrpl.reproduce import headline
+from mlrpl.results import Results, collect
+from mlrpl.study import Job, Workplace, remove_temporary
+from mlrpl.training import find_device, progress_bar
+
+
+def prepare_study(name: str, source: str | None, runs: str) -> Store:
+    """Make a study's case store; for a name that is no study yet, propose one from the data first.
+
+    Raises:
+        StudyError: for what is wrong with the data.
+    """
+    own = name not in study_names() and not name.endswith((".yaml", ".yml"))
+    if own and not Path(f"{name}.yaml").exists():
+        if source is None:
+            raise StudyError(f"no study {name!r} yet: give your data, mlrpl prepare {name} --source DIR")
+        with _bar("looking at the images", "case") as show:
+            path = write_study(name, Path(source), find_device().type, show)
+        print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
+    place = Workplace(name, runs, data=source)
+    with _bar("preparing", "case") as show:
+        store = place.prepare(show)
+    cases = store.index["cases"]
+    labelled = sum(case["has_label"] for case in cases)
+    print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
+    for each in store.index["rejected"]:
+        print(f"  left out: {each['problem']}")
+    return store
+
+
+def train_study(name: str, only: str | None, device: str | None, runs: str) -> None:
+    """Train a study's runs one after the other, each from its checkpoint; finished ones are skipped."""
+    place = Workplace(name, runs)
+    for job in _chosen(place, only):
+        if job.finished("train"):
+            print(f"{job.run.name}: trained already")
+            continue
+        with _locked(job), progress_bar(job.run) as watch:
+            place.train(job.run.name, device, watch)
+
+
+def evaluate_study(name: str, only: str | None, device: str | None, runs: str, results: str) -> Results:
+    """Measure the trained runs on their test cases, print the means and write the rows into <results>/<study>."""
+    place = Workplace(name, runs, results)
+    jobs = [job for job in _chosen(place, only) if job.finished("train")]
+    if not jobs:
+        raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
+    for job in jobs:
+        with _locked(job), _bar(job.run.name, "case") as show:
+            place.evaluate(job.run.name, device, show)
+    found = collect(jobs, Results.load(place.results), adopt=False)
+    found.save(place.results)
+    print(tables.to_markdown(headline(found, place)))
+    print(tables.to_markdown(_by_class(found, place.study.distances)))
+    print(f"Rows: {place.results / 'metrics.csv'}")
+    return found
+
+
+def _by_class(found: Results, unit: str) -> pd.DataFrame:
+    """Means over the test cases of each class, final weights."""
+    rows = found.metrics[found.metrics["selection"] == "last"]
+    groups = rows.groupby(["variant", "labelled", "output", "class"], sort=False)
+    return pd.DataFrame(
+        {
+            "Dice (%)": (100 * groups["dice"].mean()).map("{:.1f}".format),
+            f"95HD ({unit})": groups["hd95"].mean().map("{:.2f}".format),
+            "Cases": groups["case"].nunique(),
+        }
+    ).reset_index()
+
+
+def predict_images(
+    run: str, images: list[str], output: str, device: str | None, runs: str, **options: bool
+) -> dict[str, str]:
+    """Predict images with a trained run; returns the problem of each image that was not predicted."""
+    bars = []
+
+    def bar(name: str) -> Callable[[int, int], None]:
+        bars.append(tqdm(desc=name, unit="window", file=sys.stderr))
+        return lambda done, total: _show(bars[-1], done, total)
+
+    try:
+        problems = predict(
+            run, [Path(i) for i in images], Path(output), runs=runs, device=find_device(device), bar=bar, **options
+        )
+    finally:
+        for each in bars:
+            each.close()
+    for name, problem in problems.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    print(f"{len(bars) - len(problems)} of {len(bars)} images predicted, in {output}. {NOTICE}")
+    return problems
+
+
+def _chosen(place: Workplace, only: str | None) -> Iterator[Job]:
+    texts = only.split(",") if only else [""]
+    return (job for job in place.jobs if any(text in job.run.name for text in texts))
+
+
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(job.folder / ".lock", timeout=0):
+            remove_temporary(job.folder)
+            yield
+    except Timeout:
+        raise StudyError(f"run {job.run.name}: another process is at it") from None
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc=what, unit=unit, leave=False, disable=None) as bar:
+        yield lambda done, total: _show(bar, done, total)
+
+
+def _show(bar: tqdm, done: int, total: int) -> None:
+    bar.total, bar.n = total, done
+    bar.refresh()

@@ -1,0 +1,210 @@
+"""One's own data: a study proposed from the images, cross-validated, and predictions on the images' grids."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK
+import yaml
+from test_raw import write
+
+from mlrpl import cli
+from mlrpl.config import Study, load_study
+from mlrpl.data import open_store
+from mlrpl.errors import StudyError
+from mlrpl.proposal import Found, fitted_patch, look, propose, target_spacing
+from mlrpl.steps import prepare_study
+from mlrpl.study import Workplace
+
+SIZE = (28, 24, 22)
+FLIP = np.diag([-1.0, -1, 1])
+
+
+def cuboid(number):
+    """An image (2 channels) with a bright box, and the box."""
+    random = np.random.default_rng(number)
+    label = np.zeros(SIZE, np.uint8)
+    x, y, z = random.integers(4, 9, 3)
+    label[x : x + 10, y : y + 9, z : z + 8] = 1
+    return [random.normal(20.0 * label, 2).astype(np.float32), random.normal(-9.0 * label, 1).astype(np.float32)], label
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Six images of two channels, labels for four, one of them faulty; every other one flipped; no dataset.json."""
+    root = tmp_path / "scans"
+    for number in range(6):
+        channels, label = cuboid(number)
+        direction = FLIP if number % 2 else np.eye(3)
+        for index, channel in enumerate(channels):
+            write(root / f"imagesTr/scan{number}_000{index}.nii.gz", channel, (1, 1, 1.5), (3, 4, 5), direction)
+        if number < 4:
+            write(root / f"labelsTr/scan{number}.nii.gz", label, (1, 1, 1.5), (3, 4, 5), direction)
+    (root / "labelsTr/scan3.nii.gz").write_bytes(b"broken")
+    (root / "imagesTr/.DS_Store").write_bytes(b"Bud1")
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def command(monkeypatch, *words):
+    """Type `mlrpl words…`; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["mlrpl", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "prepare", "scans", "--source", folder) == 0
+    shown = capsys.readouterr().out
+    assert "5 cases, 3 with a label" in shown
+    assert shown.count("labelsTr/scan3.nii.gz") == 1
+    study = load_study("scans")
+    assert (study.folds, study.entries[0].labelled, study.distances) == (3, (2,), "mm")
+    assert study.dataset.options["classes"] == ["background", "class 1"]
+    text = (tmp_path / "scans.yaml").read_text()
+    changes = {"iterations: 3000": "iterations: 2", "filters: 8": "filters: 2", "threads: 2": "threads: 1"}
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (tmp_path / "scans.yaml").write_text(text)
+    assert command(monkeypatch, "prepare", "scans", "--source", folder) == 0
+    assert "iterations: 2\n" in (tmp_path / "scans.yaml").read_text()  # what was edited stays
+
+    assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 2
+    assert "no run is trained" in capsys.readouterr().err
+    assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
+    assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
+    assert capsys.readouterr().out.count("trained already") == 3
+    assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 0
+    rows = pd.read_csv(tmp_path / "results/scans/metrics.csv")
+    last = rows[(rows["selection"] == "last") & (rows["output"] == "mean")]
+    assert sorted(last["case"]) == ["scan0", "scan1", "scan2"]  # every labelled case is tested once
+    assert sorted(last["fold"]) == [0, 1, 2]
+
+    given = [folder / f"imagesTr/scan5_000{channel}.nii.gz" for channel in range(2)]
+    words = ["predict", "scans", *given, "--output", "out", "--probabilities", "--disagreement", "--device", "cpu"]
+    assert command(monkeypatch, *words) == 0
+    assert "1 of 1 images predicted" in capsys.readouterr().out
+    original = SimpleITK.ReadImage(str(given[0]))
+    for name in ("scan5", "scan5_probability_class-1", "scan5_disagreement"):
+        image = SimpleITK.ReadImage(str(tmp_path / f"out/{name}.nii.gz"))
+        assert image.GetSize() == original.GetSize()
+        np.testing.assert_allclose(image.GetDirection(), original.GetDirection(), atol=1e-6)
+        np.testing.assert_allclose(image.GetOrigin(), original.GetOrigin(), atol=1e-5)
+    assert command(monkeypatch, "predict", "scans", given[0], "--output", "out", "--device", "cpu") == 1
+    assert "1 channels" in capsys.readouterr().err
+    assert command(monkeypatch, "predict", "scans/mlrpl-9", *given, "--output", "out") == 2
+    assert "it has mlrpl-2-s0" in capsys.readouterr().err
+
+
+def test_flipped_images_are_turned_alike(folder):
+    prepare_study("scans", str(folder), "runs")
+    store = Workplace("scans").store
+    channels, label = cuboid(1)
+    np.testing.assert_array_equal(store.load("scan1").label, label[::-1, ::-1])
+    np.testing.assert_array_equal(store.load("scan2").label, cuboid(2)[1])
+    assert store.load("scan1").image.shape == (2, *SIZE)
+    assert np.corrcoef(store.load("scan1").image[1].ravel(), channels[1][::-1, ::-1].ravel())[0, 1] > 0.999
+
+
+def test_folds_share_out_the_labelled_cases(folder):
+    prepare_study("scans", str(folder), "runs")
+    place = Workplace("scans")
+    folds = [place.data_of(job.run) for job in place.jobs]
+    tests = [fold.ids("test") for fold in folds]
+    assert sorted(case for ids in tests for case in ids) == ["scan0", "scan1", "scan2"]
+    for fold in folds:
+        train = fold.ids("train")
+        assert set(train) | set(fold.ids("test")) == set(place.store.ids("train"))
+        assert all(fold.load(case).label is not None for case in train[:2])
+        assert train[2:] == ["scan4", "scan5"]
+    assert len({fold.fingerprint for fold in folds} | {place.store.fingerprint}) == 4
+    assert len({job.key for job in place.jobs}) == 3
+    with pytest.raises(StudyError, match="cannot make 4 folds"):
+        place.store.fold(0, 4)
+    with pytest.raises(StudyError, match="test cases of its own"):
+        folds[0].fold(0, 2)
+
+
+def test_a_study_without_test_cases_or_folds_is_refused(folder, tmp_path):
+    prepare_study("scans", str(folder), "runs")
+    (tmp_path / "scans.yaml").write_text((tmp_path / "scans.yaml").read_text().replace("folds: 3", "folds: 0"))
+    with pytest.raises(StudyError, match="no test case"):
+        _ = Workplace("scans").jobs
+
+
+def test_classes_and_modality_come_from_the_description_where_there_is_one(folder):
+    labels = {"background": 0, "left lobe": 1}
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT", "1": "PET"}, "labels": labels}))
+    found = look(folder)
+    assert (found.classes, found.named, found.images, found.labelled) == (("background", "left lobe"), True, 5, 3)
+    assert found.windows[1] is None
+    assert 10 < found.windows[0]["low"] < 19 < found.windows[0]["mean"] < 21 < found.windows[0]["high"] < 30
+    study = Study.model_validate(yaml.safe_load(propose("scans", found, "cpu")))
+    assert study.dataset.options["preparation"]["channels"] == [found.windows[0], "z-score"]
+    assert "classes" not in study.dataset.options
+    assert study.settings.augmentation == ()  # a mirrored left lobe is a right one
+    assert open_store(prepare_study("scans", str(folder), "runs").folder).classes == ("background", "left lobe")
+
+
+def seen(**changes):
+    usual = {
+        "classes": ("background", "organ"),
+        "named": True,
+        "images": 30,
+        "labelled": 10,
+        "tests": 0,
+        "spacings": np.full((30, 3), 1.0),
+        "sizes": np.tile((200, 100, 40), (30, 1)),
+        "windows": (None,),
+    }
+    return Found(**usual | changes)
+
+
+def proposed(device="cpu", **changes):
+    return Study.model_validate(yaml.safe_load(propose("mine", seen(**changes), device)))
+
+
+def test_what_is_proposed():
+    study = proposed()
+    assert (study.folds, study.entries[0].labelled, study.entries[0].method) == (5, (8,), "mlrpl")
+    assert (proposed(labelled=11).entries[0].labelled, proposed(labelled=3).folds) == ((8,), 3)
+    assert proposed(labelled=30).entries[0].method == "vnet"  # nothing to learn from without labels
+    tested = proposed(tests=4)
+    assert (tested.folds, tested.entries[0].labelled) == (0, (10,))
+    assert np.prod(study.settings.patch) <= 64 * 64 * 32 < np.prod(proposed("cuda").settings.patch) <= 96**3
+    assert proposed("cuda").settings.iterations == 15_000
+    with pytest.raises(StudyError, match="too few"):
+        proposed(labelled=1)
+
+
+def test_spacing_is_proposed_where_images_differ():
+    spacings = np.tile((0.8, 0.8, 2.0), (9, 1))
+    assert target_spacing(spacings) is None
+    spacings[:4, 2] = 3.0
+    assert target_spacing(spacings) == (0.8, 0.8, 2.0)
+    study = proposed(spacings=spacings, sizes=np.tile((64, 64, 100), (9, 1)))
+    assert study.dataset.options["preparation"]["spacing"] == [0.8, 0.8, 2.0]
+
+
+@pytest.mark.parametrize("size", [(10, 20, 30), (36, 50, 35), (512, 512, 240), (512, 512, 20)])
+@pytest.mark.parametrize("voxels", [64 * 64 * 32, 96**3])
+def test_patches_fit(size, voxels):
+    patch = fitted_patch(size, voxels)
+    assert all(side % 16 == 0 and side >= 32 for side in patch)
+    assert np.prod(patch) <= voxels
+    assert all(side < n + 16 or side == 32 for side, n in zip(patch, size, strict=True))
+
+
+def test_what_cannot_be_proposed_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "prepare", "other") == 2
+    assert "--source DIR" in capsys.readouterr().err
+    assert command(monkeypatch, "prepare", "other", "--source", tmp_path / "nowhere") == 2
+    for path in (folder / "labelsTr").iterdir():
+        path.unlink()
+    assert command(monkeypatch, "prepare", "other", "--source", folder) == 2
+    shown = capsys.readouterr().err
+    assert "labelsTr" in shown and shown.strip().count("\n") == 1
+    assert not (tmp_path / "other.yaml").exists()
