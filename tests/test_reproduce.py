@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 
+from mlrpl.files import read_json
 from mlrpl.reproduce import case_views
 from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
@@ -54,7 +55,7 @@ from mlrpl.methods.mlrpl import MLRPL
 
 PAUSE = float(os.environ.get("PAUSE", 0))
 if PAUSE:
-    training.CHECKPOINT_SECONDS = -1
+    training.CHECKPOINT_SECONDS = float(os.environ.get("EVERY", -1))
 
 class Own(MLRPL):
     def __init__(self, settings, in_channels, num_classes, sharpness: float = 2.0):
@@ -505,3 +506,38 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     rows = "results/own/metrics.csv"
     assert (tmp_path / rows).read_bytes() == (own.folder / rows).read_bytes()
     assert [path.name for path in tmp_path.rglob("*.partial*")] == []
+
+
+def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tmp_path, monkeypatch):
+    """SIGINT for the command alone, as Ctrl-C would reach it; no checkpoint is due by the clock."""
+    write(tmp_path, OWN)
+    process = subprocess.Popen(
+        **command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2", EVERY="1000"), start_new_session=True
+    )
+    children, progress = [], {}
+    try:
+        deadline = time.monotonic() + 600
+        while process.poll() is None and time.monotonic() < deadline and progress.get("iteration", 0) < 3:
+            folder = next((tmp_path / "runs/own").glob("own-1-s0-*"), None)
+            progress = read_json(folder / "progress.json") if folder else {}
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said + errors
+    assert "Traceback" not in said + errors
+    assert errors.rstrip().endswith("mlrpl: interrupted; the same command goes on from the checkpoints")
+    at = load(folder / "checkpoint.pt", CPU)["iteration"]
+    assert 3 <= at < 30
+    assert f"run own-1-s0: interrupted, its checkpoint is at iteration {at} of 30; the same command goes on" in said
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    assert [path.name for path in folder.iterdir() if "ipynb" in path.name or "partial" in path.name] == []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    place = Workplace("own.yaml")
+    place.train("own-1-s0", "cpu")
+    place.evaluate("own-1-s0", "cpu")
+    assert_same_result(tmp_path, own.folder, "own-1-s0")
