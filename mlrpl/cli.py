@@ -90,6 +90,25 @@ def status(study: str, runs: Runs = "runs") -> None:
 
 
 @app.command()
+def verify(
+    study: str,
+    retrain: Annotated[
+        str | None, typer.Option(help="Also train this run anew on the CPU; compare bit for bit.")
+    ] = None,
+    runs: Runs = "runs",
+    results: Results = "results",
+) -> None:
+    """Recompute a study's tables from its rows, and its rows from its runs where they are at hand."""
+    from mlrpl.study import Workplace
+    from mlrpl.verify import verify as check
+
+    findings = check(Workplace(study, runs, results), retrain)
+    print("\n".join(map(str, findings)))
+    if any(finding.wrong for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def cancel(study: str, runs: Runs = "runs") -> None:
     """Stop a study's Slurm jobs, or the process that reproduces it here; checkpoints are finished first."""
     from mlrpl.locks import holder

@@ -17,7 +17,7 @@ from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
 from mlrpl.files import atomic, read_json, write_json
 from mlrpl.locks import holder, locked
-from mlrpl.provenance import environment
+from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.results import Results, collect
 from mlrpl.slurm import Resources, minutes, submit
@@ -292,6 +292,8 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     study, folder = place.study, place.results
     comparison = tables.comparison(found.metrics, found.runs, [f.model_dump() for f in study.paper])
     done = f"{len(found)} of {len(place.jobs)} runs are finished. " if len(found) < len(place.jobs) else ""
+    if dirty := found.runs["commit"].astype(str).str.endswith(CHANGED).sum():
+        done += f"**{dirty} runs were made with uncommitted changes** to the code; the list of runs below marks them. "
     sections = [
         Section(
             "Comparison",
@@ -340,7 +342,7 @@ def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
                 "Precision": run["precision"],
                 "Minutes": f"{run['seconds'] / 60:.1f}",
                 "Memory (MB)": str(run["peak_memory_mb"]),
-                "Commit": run["commit"],
+                "Commit": str(run["commit"]).replace(CHANGED, " with uncommitted changes"),
                 "Rows": "adopted" if run["adopted"] else "own",
                 **{what: links.get(what, "") for what in STAGE_PAGES.values()},
             }

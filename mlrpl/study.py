@@ -103,12 +103,26 @@ class Workplace:
         self.results = Path(relative(results)) / self.study.name
         self.data = Path(data) if data else None
 
-    def prepare(self, progress: Callable[[int, int], None] | None = None) -> Store:
-        """Make the case store, or open the one that is there."""
+    @property
+    def at_hand(self) -> bool:
+        """Whether the case store has been prepared here."""
+        return (self._store_folder / "store.json").exists()
+
+    def elsewhere(self, root: Path) -> "Workplace":
+        """The same study and data with runs in another folder."""
+        other = Workplace(self.given, str(root), str(self.results.parent))
+        other.store = self.store
+        return other
+
+    @property
+    def _store_folder(self) -> Path:
         dataset = self.study.dataset
         settings = json.dumps(dataset.model_dump(mode="json"), sort_keys=True)
-        folder = self.root / "stores" / f"{dataset.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        return prepare(dataset, self.data, folder, progress)
+        return self.root / "stores" / f"{dataset.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> Store:
+        """Make the case store, or open the one that is there."""
+        return prepare(self.study.dataset, self.data, self._store_folder, progress)
 
     @cached_property
     def store(self) -> Store:

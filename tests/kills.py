@@ -60,11 +60,18 @@ def report() -> None:
 
 
 def execute(notebook: str, destination: Path, **parameters: Any) -> None:
-    """Stands in for papermill: the code of the cells, in this process; the notebook is written without outputs."""
+    """Stands in for papermill: what the cells do, in this process; the notebook is written without outputs.
+
+    Of a run's notebooks only what trains or evaluates: the rest draws figures and writes nothing.
+    """
     content = nbformat.read(mlrpl.study.NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
-    names: dict[str, Any] = {}
-    for cell in content.cells:
-        if cell.cell_type == "code":
+    if "RUN" in parameters:
+        place = mlrpl.study.Workplace(parameters["STUDY"], parameters["RUNS"])
+        work = {"02-train": place.train, "03-evaluate": place.evaluate}[notebook]
+        work(parameters["RUN"], parameters["DEVICE"])
+    else:
+        names: dict[str, Any] = {}
+        for cell in [cell for cell in content.cells if cell.cell_type == "code"]:
             exec(cell.source, names)
             names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
     with atomic(destination) as partial:
