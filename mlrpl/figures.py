@@ -29,6 +29,7 @@ from mlrpl.tables import chosen, per_case, titled
 
 WIDTH = 7.2  # inches, both columns
 STYLE = {
+    "text.parse_math": False,  # titles and case names are text, also with a $ in them
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 8,

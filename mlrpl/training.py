@@ -33,6 +33,7 @@ from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import test_dice
 from mlrpl.files import atomic, write_json
 from mlrpl.interrupt import stop_requests
+from mlrpl.memory import require
 from mlrpl.methods import Method, Step, build
 from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.precision import Precision, choose_precision
@@ -201,10 +202,12 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
 
 def make_batches(run: Run, store: Store, method: Method) -> Batches:
     """The run's batches, its cases read into memory."""
+    cases, settings = [case for ids in split_training(run, store, method.uses_unlabelled) for case in ids], run.settings
+    advice = "lower the study's batch or patch, or use fewer cases"
+    require(store.size(cases) + 8 * sum(settings.batch) * math.prod(settings.patch), f"run {run.name}", advice)
     labelled, unlabelled = (
         [store.load(case) for case in ids] for ids in split_training(run, store, method.uses_unlabelled)
     )
-    settings = run.settings
     sizes = settings.batch if method.uses_unlabelled else (sum(settings.batch), 0)
     return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, sizes)
 

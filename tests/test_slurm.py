@@ -224,7 +224,7 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
             for at in (Path("results/array"), tmp_path / "expected")
         )
         pd.testing.assert_frame_equal(found, expected)
-    assert [path for path in Path("runs").rglob("*.partial*")] == []
+    assert list(Path("runs").rglob("*.partial*")) == []
 
 
 def kill(how: str, job: str) -> bool:

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from pydantic import Field
 
+from mlrpl.data.bounds import read_h5
 from mlrpl.data.source import Entry, Options, Raw
 from mlrpl.errors import StudyError
 
@@ -65,10 +66,7 @@ class LeftAtrium:
         name = entry.files[0]
         try:
             with h5py.File(self.root / name) as file:
-                missing = {"image", "label"} - set(file)
-                if missing:
-                    raise StudyError(f"{name}: no dataset '{min(missing)}' in this file; replace it")
-                image, label = file["image"][()], file["label"][()]
+                image, label = read_h5(file, "image", name), read_h5(file, "label", name)
         except (OSError, RuntimeError) as error:
             raise StudyError(
                 f"{name}: cannot be read as HDF5, it may be cut short; copy it again "

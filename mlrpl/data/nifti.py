@@ -1,6 +1,5 @@
 """Volumes from NIfTI files, axes x, y, z as in the file, with the geometry that writing a prediction back needs."""
 
-import gzip
 import math
 import zlib
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
+from mlrpl.data.bounds import TRAILING, check_nifti, read_bounded
 from mlrpl.errors import StudyError
 
 ENDINGS = (".nii.gz", ".nii")
@@ -20,8 +20,9 @@ Geometry = dict[str, list[float]]  # spacing (3, mm), origin (3, mm), direction 
 def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
     try:
+        size = check_nifti(root / name, name)
         volume = SimpleITK.ReadImage(str(root / name))
-        stored = _stored_voxels(root / name, volume)
+        stored = _stored_voxels(root / name, volume, size)
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error):
         raise StudyError(f"{name}: cannot be read as NIfTI, it may be cut short; copy it again") from None
     bad = np.count_nonzero(~np.isfinite(stored))
@@ -70,15 +71,13 @@ def ending(name: str) -> str:
     return next((known for known in ENDINGS if name.endswith(known)), "")
 
 
-def _stored_voxels(path: Path, volume: SimpleITK.Image) -> np.ndarray:
+def _stored_voxels(path: Path, volume: SimpleITK.Image, size: int) -> np.ndarray:
     """The numbers as they lie in the file; whole numbers as bytes, since they need no look.
 
     ITK reads a file that is cut short as zeros, and NaN as zero, without a word: hence this look at the file. Raises
     ValueError when it is shorter than its header says, and gzip's errors.
     """
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
+    data = read_bounded(path, size + TRAILING)
     header = {key: int(float(volume.GetMetaData(key))) for key in ("vox_offset", "bitpix", "datatype", "dim[0]")}
     count = math.prod(int(volume.GetMetaData(f"dim[{axis + 1}]")) for axis in range(header["dim[0]"]))
     order = "<" if int.from_bytes(data[:4], "little") in HEADER_SIZES else ">"

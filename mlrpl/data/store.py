@@ -56,6 +56,10 @@ class Store:
         """Case ids of "train", "val" or "test" in list order; in training the first n are the labelled ones."""
         return [case["id"] for case in self.index["cases"] if case["split"] == split]
 
+    def size(self, case_ids: list[str]) -> int:
+        """Bytes of these cases in memory."""
+        return sum(entry["bytes"] for case in case_ids for entry in self._cases[case]["arrays"].values())
+
     def load(self, case_id: str) -> Case:
         """Read one case and check its bytes; StudyError when it is not in the store or damaged."""
         if case_id not in self._cases:
