@@ -4,14 +4,16 @@ The request goes down the tree of processes: `mlrpl reproduce` asks its runs, a 
 training loop in the kernel finishes its checkpoint.
 """
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
-AGAIN_SECONDS = 2  # a kernel that is still starting ignores the first request
+LOOK_SECONDS = 0.2
 
 
 @contextmanager
@@ -31,13 +33,18 @@ def stop_requests() -> Iterator[threading.Event]:
 
 @contextmanager
 def passed_on(asked: threading.Event) -> Iterator[None]:
-    """Pass the request on to this process's children, as Ctrl-C, until they have ended."""
+    """Pass the request on to this process's children, as Ctrl-C: once to each, as soon as it listens."""
     done = threading.Event()
 
     def pass_on() -> None:
+        told: set[int] = set()
         asked.wait()
-        while not done.wait(AGAIN_SECONDS if interrupt_children() else 0.1):
-            pass
+        while not done.wait(LOOK_SECONDS):
+            for child in psutil.Process().children():
+                if child.pid not in told and listens(child.pid):
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(signal.SIGINT)
+                    told.add(child.pid)
 
     thread = threading.Thread(target=pass_on, daemon=True)
     thread.start()
@@ -47,12 +54,10 @@ def passed_on(asked: threading.Event) -> Iterator[None]:
         done.set()
 
 
-def interrupt_children() -> bool:
-    """Send SIGINT to the processes that this one started; False where there is none."""
-    children = psutil.Process().children()
-    for child in children:
-        try:
-            child.send_signal(signal.SIGINT)
-        except psutil.NoSuchProcess:
-            continue
-    return bool(children)
+def listens(pid: int) -> bool:
+    """Whether a process handles SIGINT now; a notebook's kernel ignores it between cells."""
+    try:
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:  # no /proc, as on macOS
+        return True
+    return bool(caught and int(caught[1], 16) >> (signal.SIGINT - 1) & 1)
