@@ -2,52 +2,70 @@
 
 import errno
 import os
+import signal
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import Annotated
+from time import sleep
+from typing import Annotated, Literal
 
 import typer
 
-from mlrpl.errors import StudyError
+from mlrpl.errors import StoppedError, StudyError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Runs = Annotated[str, typer.Option(help="Folder of runs.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
+Results = Annotated[str, typer.Option(help="Folder of results.")]
+Parent = Annotated[int | None, typer.Option(hidden=True)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: the GPUs that are there.")]
 
 
 @app.command()
 def reproduce(
     study: Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")],
     data: Annotated[str | None, typer.Option(help="Folder of the study's data set.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: 2, on Slurm no limit.")] = None,
     device: Device = None,
     only: Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")] = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in each run's folder.")] = False,
     runs: Runs = "runs",
-    results: Annotated[str, typer.Option(help="Folder of results.")] = "results",
+    results: Results = "results",
+    engine: Annotated[Literal["local", "slurm"], typer.Option(help="Where the runs go.")] = "local",
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Slurm: GPUs a run.")] = 0,
+    time: Annotated[str, typer.Option(help="Slurm: time limit of a job; a run goes on in the next.")] = "24:00:00",
+    memory: Annotated[str | None, typer.Option(help="Slurm: memory a run, as 16G.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
+    report_only: Annotated[bool, typer.Option(help="Run nothing; report what is finished.")] = False,
+    parent: Parent = None,
 ) -> None:
     """Run a study and write its report; what is finished and unchanged is skipped."""
     from mlrpl.reproduce import reproduce as run_study
+    from mlrpl.slurm import Resources
 
+    _end_with(parent)
+    on_slurm = Resources(partition, gpus, time, memory, account, qos, jobs) if engine == "slurm" else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is a Ctrl-C
     try:
         failures = run_study(
             study,
             data=data,
-            jobs=jobs,
+            jobs=jobs or 2,
             device=device,
             only=only,
             adopt=adopt,
             tensorboard=tensorboard,
             runs=runs,
             results=results,
+            slurm=on_slurm,
+            report_only=report_only,
         )
     except KeyboardInterrupt:  # here, since typer ends without a word
         print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(StoppedError.exit_code) from None
     if failures:
         raise typer.Exit(1)
 
@@ -135,6 +153,50 @@ def studies() -> None:
         print(f"{name:<14} {study.title}; {len(list(study.runs()))} runs")
 
 
+@app.command()
+def status(study: str, runs: Runs = "runs") -> None:
+    """Where every run of a study stands."""
+    from mlrpl.status import described
+    from mlrpl.study import Workplace
+
+    print(described(Workplace(study, runs)))
+
+
+@app.command()
+def verify(
+    study: str,
+    retrain: Annotated[
+        str | None, typer.Option(help="Also train this run anew on the CPU; compare bit for bit.")
+    ] = None,
+    runs: Runs = "runs",
+    results: Results = "results",
+) -> None:
+    """Recompute a study's tables from its rows, and its rows from its runs where they are at hand."""
+    from mlrpl.study import Workplace
+    from mlrpl.verify import verify as check
+
+    findings = check(Workplace(study, runs, results), retrain)
+    print("\n".join(map(str, findings)))
+    if any(finding.wrong for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def cancel(study: str, runs: Runs = "runs") -> None:
+    """Stop a study's Slurm jobs, or the process that reproduces it here; checkpoints are finished first."""
+    from mlrpl.locks import holder
+    from mlrpl.slurm import cancel as cancel_jobs
+    from mlrpl.study import Workplace
+
+    place = Workplace(study, runs)
+    cancelled, owner = cancel_jobs(place), holder(place.runs)
+    here = owner if owner and owner.host == os.uname().nodename else None
+    if here:
+        os.kill(here.pid, signal.SIGINT)
+    told = [f"{cancelled} Slurm jobs"] * bool(cancelled) + [f"process {here.pid}"] * bool(here)
+    print(f"asked to end: {' and '.join(told)}" if told else f"study {place.study.name}: nothing is queued or running")
+
+
 @app.command(hidden=True)
 def run(
     study: str,
@@ -142,21 +204,25 @@ def run(
     runs: Runs = "runs",
     device: Device = None,
     tensorboard: bool = False,
-    parent: int | None = None,
+    parent: Parent = None,
 ) -> None:
     """Execute one run's notebooks; `reproduce` starts this."""
-    if parent:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _end_with(parent)
     from mlrpl.study import Workplace, execute_run
 
     execute_run(Workplace(study, runs), name, device, tensorboard)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int | None) -> None:
     """End with the process that started this one, however it ended: nobody would watch any more."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            sleep(1)
+        os._exit(1)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
@@ -165,7 +231,7 @@ def main() -> None:
         app()
     except StudyError as error:
         print(f"mlrpl: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise

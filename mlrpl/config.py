@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
 
-Side = Annotated[int, Field(gt=0)]
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
+
+Side = Annotated[int, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
 Sides = tuple[Side, Side, Side]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -28,7 +30,7 @@ Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 class Model(BaseModel):
     """Unknown settings are errors: a misspelt one must not silently keep its default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 M = TypeVar("M", bound=Model)
@@ -56,7 +58,7 @@ class Settings(Model):
     patch: Sides = (112, 112, 80)
     stride: Sides = (18, 18, 4)
     augmentation: tuple[Literal["rot90", "flip", "mirror"], ...] = ("rot90", "flip")
-    filters: Annotated[int, Field(gt=0)] = 16
+    filters: Annotated[int, Field(gt=0, le=512)] = 16
     iterations: Annotated[int, Field(gt=0)] = 15_000
     batch: tuple[Side, Side] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
@@ -68,7 +70,7 @@ class Settings(Model):
     check_from: Annotated[int, Field(gt=0)] = 800
     check_every: Annotated[int, Field(gt=0)] = 200
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: Annotated[int, Field(gt=0)] = 1
+    threads: Annotated[int, Field(gt=0, le=4096)] = 1
 
     @field_validator("patch")
     @classmethod
@@ -237,6 +239,31 @@ def _packaged() -> Any:
     return resources.files("mlrpl") / "studies"
 
 
+def _bounded_yaml(file: Any) -> Any:
+    """A file's content; a few lines with aliases of aliases can stand for more than any memory holds."""
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise StudyError(f"study file {file.name}: larger than {MOST_BYTES} bytes, so it is no study")
+        content = yaml.safe_load(text.decode("utf-8"))
+        _count(content)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: also odd dates and bytes
+        reason = " ".join(str(error).split())[:300]
+        raise StudyError(f"study file {file.name}: not valid YAML: {reason}") from None
+    return content
+
+
+def _count(content: Any, left: int = MOST_VALUES, depth: int = 0) -> int:
+    """How many values may still follow; ValueError for too many, or too deep ones."""
+    if left <= 0 or depth > MOST_DEPTH:
+        raise ValueError(f"more than {MOST_VALUES} values, or nested deeper than {MOST_DEPTH}")
+    inner = [*content, *content.values()] if isinstance(content, dict) else content
+    for value in inner if isinstance(inner, list | tuple | set) else ():
+        left = _count(value, left, depth + 1)
+    return left - 1
+
+
 def load_study(name: str) -> Study:
     """Read a study by name (the package's, else <name>.yaml of the working folder), or from a path that ends in .yaml.
 
@@ -256,10 +283,7 @@ def load_study(name: str) -> Study:
         )
     if isinstance(file, Path) and (folder := str(file.resolve().parent)) not in sys.path:
         sys.path.append(folder)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"study file {file.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = _bounded_yaml(file)
     study = _validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]
     if twice := {n for n in names if names.count(n) > 1}:

@@ -30,6 +30,7 @@ from mlrpl.tables import chosen, comparison, per_case, titled
 WIDTH = 7.2  # inches, both columns
 SCREEN = 130  # pixels an inch where a notebook shows a figure
 STYLE = {
+    "text.parse_math": False,  # titles and case names are text, also with a $ in them
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 8,

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
+CHANGED = "+changes"  # marks a commit that does not say all
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "medpy", "papermill", "nbconvert")
 
 
 @cache
 def commit() -> str:
-    """The repository's commit, "+changes" appended where tracked code differs; "unknown" outside a repository."""
+    """The repository's commit, with `CHANGED` where code differs or is not in it; "unknown" outside a repository."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../notebooks")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", ".", "../notebooks")
+        return git("rev-parse", "--short=12", "HEAD") + (CHANGED if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

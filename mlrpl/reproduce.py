@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlrpl import tables
@@ -18,16 +17,20 @@ from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
 from mlrpl.files import atomic, read_json, write_json
+from mlrpl.locks import holder, locked
 from mlrpl.methods import volumes_a_step
-from mlrpl.provenance import environment
+from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.results import Results, collect
+from mlrpl.slurm import Resources, minutes, submit
 from mlrpl.study import (
     NOTEBOOKS,
     PACKAGE,
+    WORKER_LOG,
     Job,
     Workplace,
     execute,
+    last_line,
     notebook_parameters,
     pending,
     remove_temporary,
@@ -66,6 +69,8 @@ def reproduce(
     tensorboard: bool = False,
     runs: str = "runs",
     results: str = "results",
+    slurm: Resources | None = None,
+    report_only: bool = False,
 ) -> dict[str, str]:
     """Do what is not done of a study and write its report.
 
@@ -79,6 +84,8 @@ def reproduce(
         tensorboard: also log for TensorBoard.
         runs: folder of runs.
         results: folder of results.
+        slurm: queue the runs and the report as Slurm jobs instead of running them here.
+        report_only: run nothing, write the report of what is finished.
 
     Returns:
         The reason of each failed run; empty where all is well.
@@ -87,15 +94,14 @@ def reproduce(
         StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
     """
     started = time.monotonic()
+    if slurm:
+        minutes(slurm.time)  # before anything is prepared
     place = Workplace(study, runs, results, data)
-    if device:
-        find_device(device)
+    for name in device.split(",") if device else ():
+        find_device(name)
     _check_writable(place)
-    try:
-        with FileLock(place.runs / ".lock", timeout=0):
-            return _reproduce(place, jobs, device, only, adopt, tensorboard, started)
-    except Timeout:
-        raise StudyError(f"study {place.study.name}: another process is reproducing it in {place.root}/") from None
+    with locked(place.runs, f"study {place.study.name}: another process is reproducing it in {place.root}/"):
+        return _reproduce(place, jobs, device, only, adopt, tensorboard, slurm, report_only, started)
 
 
 def _reproduce(
@@ -105,10 +111,12 @@ def _reproduce(
     only: str | None,
     adopt: bool,
     tensorboard: bool,
+    slurm: Resources | None,
+    report_only: bool,
     started: float,
 ) -> dict[str, str]:
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
-    for folder in (place.runs, place.results.parent, place.results, *place.results.glob("*/")):
+    for folder in (place.runs, place.results, *place.results.glob("*/")):
         remove_temporary(folder)
     with tqdm(desc="  preparing cases", unit="case", leave=False, disable=None) as bar:
 
@@ -129,7 +137,11 @@ def _reproduce(
             "01-data", place.runs / "01-data.ipynb", **notebook_parameters(place, RESULTS=str(place.results.parent))
         )
         write_json(place.runs / "data.json", _data_key(place))
-    failures = run_all(place, todo, at_once, device, tensorboard)
+    if slurm:
+        print(f"  {submit(place, todo, slurm, device, tensorboard, adopt)}")
+        print(f"  mlrpl status {place.given} shows where they stand, mlrpl cancel {place.given} takes them back")
+        return {}
+    failures = _unfinished(todo) if report_only else run_all(place, _free(todo), at_once, device, tensorboard)
     found = collect(place.jobs, committed)
     if not len(found):
         _summary(place, failures)
@@ -147,6 +159,20 @@ def _reproduce(
     print(f"\nReport: {index}  ({(time.monotonic() - started) / 60:.1f} min)")
     _summary(place, failures)
     return failures
+
+
+def _free(jobs: Sequence[Job]) -> list[Job]:
+    """Without those that another process is at: a Slurm job, or another study's command."""
+    taken = [job for job in jobs if holder(job.folder)]
+    if taken:
+        print(f"  left to the processes that are at them: {', '.join(job.run.name for job in taken)}")
+    return [job for job in jobs if job not in taken]
+
+
+def _unfinished(jobs: Sequence[Job]) -> dict[str, str]:
+    """Why each of these runs is not finished."""
+    logs = {job.run.name: job.folder / WORKER_LOG for job in jobs}
+    return {name: last_line(log) if log.exists() else "not started" for name, log in logs.items()}
 
 
 def _check_writable(place: Workplace) -> None:
@@ -246,7 +272,9 @@ def _report(place: Workplace, found: Results) -> None:
     }
     write_json(folder / "provenance.json", provenance)
     _index(place, found, provenance)
-    write_overview(folder.parent)
+    with locked(place.root, "results/index.html: another process is writing it", "overview.", wait=60):
+        remove_temporary(folder.parent)  # other studies write here too, so only under the lock
+        write_overview(folder.parent)
 
 
 def _keep_predictions(place: Workplace, found: Results) -> None:
@@ -294,6 +322,8 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     study, folder = place.study, place.results
     comparison = tables.comparison(found.metrics, found.runs, [f.model_dump() for f in study.paper])
     done = f"{len(found)} of {len(place.jobs)} runs are finished. " if len(found) < len(place.jobs) else ""
+    if dirty := found.runs["commit"].astype(str).str.endswith(CHANGED).sum():
+        done += f"**{dirty} runs were made with uncommitted changes** to the code; the list of runs below marks them. "
     sections = [
         Section(
             "Comparison",
@@ -343,7 +373,7 @@ def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
                 "Precision": run["precision"],
                 "Minutes": f"{run['seconds'] / 60:.1f}",
                 "Memory (MB)": str(run["peak_memory_mb"]),
-                "Commit": run["commit"],
+                "Commit": str(run["commit"]).replace(CHANGED, " with uncommitted changes"),
                 "Rows": "adopted" if run["adopted"] else "own",
                 **{what: links.get(what, "") for what in STAGE_PAGES.values()},
             }

@@ -18,27 +18,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
+import torch
 from tqdm import tqdm
 
 from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
-from mlrpl.errors import StudyError
+from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
 from mlrpl.files import atomic, read_json, write_json
+from mlrpl.interrupt import passed_on, stop_requests
+from mlrpl.locks import locked
+from mlrpl.memory import ADVICE, exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
+WORKER_LOG = "worker.log"
 EVALUATION_VERSION = 1  # raise when evaluation changes what it writes
 POLL_SECONDS = 0.5
+ORPHAN_SECONDS = 30  # within it a kernel whose parent was killed has ended
+FINISHING_SECONDS = 120  # for checkpoints, after a request to stop
 
 
 def relative(path: str) -> str:
@@ -96,12 +103,26 @@ class Workplace:
         self.results = Path(relative(results)) / self.study.name
         self.data = Path(data) if data else None
 
-    def prepare(self, progress: Callable[[int, int], None] | None = None) -> Store:
-        """Make the case store, or open the one that is there."""
+    @property
+    def at_hand(self) -> bool:
+        """Whether the case store has been prepared here."""
+        return (self._store_folder / "store.json").exists()
+
+    def elsewhere(self, root: Path) -> "Workplace":
+        """The same study and data with runs in another folder."""
+        other = Workplace(self.given, str(root), str(self.results.parent))
+        other.store = self.store
+        return other
+
+    @property
+    def _store_folder(self) -> Path:
         dataset = self.study.dataset
         settings = json.dumps(dataset.model_dump(mode="json"), sort_keys=True)
-        folder = self.root / "stores" / f"{dataset.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        return prepare(dataset, self.data, folder, progress)
+        return self.root / "stores" / f"{dataset.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> Store:
+        """Make the case store, or open the one that is there."""
+        return prepare(self.study.dataset, self.data, self._store_folder, progress)
 
     @cached_property
     def store(self) -> Store:
@@ -125,16 +146,18 @@ class Workplace:
         if not (self.study.folds or self.store.ids("test")):
             raise StudyError(f"study {self.study.name}: {self.store.name} has no test case: set folds, or 'test' cases")
         jobs: list[Job] = []
-        folders: dict[str, Path] = {}
+        built: set[str] = set()  # building a network takes a moment, and seeds share it
+        folders: dict[str, Path] = {folder.name[-8:]: folder for folder in self.runs.glob("*-????????")}
         for run in self.study.runs():
             method = find_method(run.method)
-            build(run, self.store.channels, len(self.store.classes))
+            if (network := repr((run.method, run.options, run.settings))) not in built:
+                build(run, self.store.channels, len(self.store.classes))
+                built.add(network)
             data = self.data_of(run)
             split_training(run, data, method.uses_unlabelled)
             key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
-            folder = folders.get(key) or next(self.runs.glob(f"*-{key[:8]}"), self.runs / f"{run.name}-{key[:8]}")
-            folders[key] = folder
+            folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
             jobs.append(Job(run, key, folder, self.study.distances))
         return jobs
 
@@ -160,30 +183,47 @@ class Workplace:
         watch: Callable[[Progress], None] | None = None,
         tensorboard: bool = False,
     ) -> Job:
-        """Train a run to its end, from its checkpoint where there is one; nothing is done for a finished one."""
+        """Train a run to its end, from its checkpoint where there is one; nothing is done for a finished one.
+
+        Raises:
+            StudyError: where another process is at this run, memory runs out, or the loss is not finite.
+            StoppedError: on Ctrl-C, when the checkpoint is written.
+        """
         job = self.job(name)
-        if not job.finished("train"):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
-            data = self.data_of(job.run)
-            trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
-            facts = trainer.train(watch)
-            job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
+        with self._working(job):
+            if not job.finished("train"):
+                write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
+                data = self.data_of(job.run)
+                trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
+                facts = trainer.train(watch)
+                job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
         return job
+
+    @contextmanager
+    def _working(self, job: Job) -> Iterator[None]:
+        """The run's own files are written by one process at a time, be it a notebook of `reproduce` or one by hand."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        busy = f"run {job.run.name}: another process is at it"
+        with locked(job.folder, busy, "work.", ORPHAN_SECONDS), exhaustion_explained(f"run {job.run.name}"):
+            yield
 
     def evaluate(
         self, name: str, device: str | None = None, watch: Callable[[int, int], None] | None = None
     ) -> pd.DataFrame:
-        """Measure a trained run on the test cases; returns the rows. `watch` is called with (done, of) cases."""
+        """Measure a trained run on the test cases; returns the rows. Raises what `train` raises.
+
+        `watch` is called with (done, of) cases.
+        """
         job = self.job(name)
-        if not job.finished("evaluate"):
-            place = find_device(device)
-            data = self.data_of(job.run)
-            method = make_method(job.run, data, place)
-            started = time.monotonic()
-            weights = {selection: load(job.folder / f"{selection}.pt", place) for selection in SELECTIONS}
-            evaluate(job.run, data, method, weights, job.folder, self.study.distances, place, watch)
-            job.record("evaluate", seconds=round(time.monotonic() - started, 1))
+        with self._working(job):
+            if not job.finished("evaluate"):
+                place = find_device(device)
+                data = self.data_of(job.run)
+                method = make_method(job.run, data, place)
+                started = time.monotonic()
+                weights = {selection: load(job.folder / f"{selection}.pt", place) for selection in SELECTIONS}
+                evaluate(job.run, data, method, weights, job.folder, self.study.distances, place, watch)
+                job.record("evaluate", seconds=round(time.monotonic() - started, 1))
         return pd.read_csv(job.folder / "metrics.csv")
 
 
@@ -195,6 +235,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
 
     Raises:
         StudyError: with the notebook's own message where a cell fails; the failed notebook is kept as *.failed.ipynb.
+        StoppedError: where the notebook ended on request.
     """
     import papermill  # here, since training alone does not need it
     from papermill.exceptions import PapermillExecutionError
@@ -222,11 +263,13 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
             working.replace(partial)
             failed.unlink(missing_ok=True)
         except PapermillExecutionError as error:
+            if error.ename in (StoppedError.__name__, KeyboardInterrupt.__name__):
+                raise StoppedError(error.evalue or f"{notebook}: interrupted; the same command goes on") from None
             working.replace(failed)
             reason = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
             raise StudyError(f"{reason.splitlines()[0]} (see {failed.name})") from None
         except RuntimeError as error:  # the kernel died
-            raise StudyError(f"{notebook}: {str(error).splitlines()[0]}; out of memory?") from None
+            raise StudyError(f"{notebook}: {str(error).splitlines()[0]}; if for want of memory: {ADVICE}") from None
         finally:
             working.unlink(missing_ok=True)
 
@@ -236,19 +279,28 @@ def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bo
 
     Raises:
         StudyError: where another process is at this run, or a notebook fails.
+        StoppedError: on Ctrl-C or SIGTERM; training has finished its checkpoint then.
     """
-    job = place.job(name)
+    with stop_requests() as asked, passed_on(asked):
+        try:
+            _execute_run(place, place.job(name), device, tensorboard)
+        except (Exception, KeyboardInterrupt) as error:
+            if not asked.is_set() or isinstance(error, StoppedError):
+                raise
+            raise StoppedError(f"run {name}: interrupted; the same command goes on from its checkpoint") from None
+
+
+def _execute_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> None:
+    name = job.run.name
     job.folder.mkdir(parents=True, exist_ok=True)
     common = notebook_parameters(place, RUN=name, DEVICE=device)
     stages = {"train": ("02-train", {**common, "TENSORBOARD": tensorboard}), "evaluate": ("03-evaluate", common)}
-    try:
-        with FileLock(job.folder / ".lock", timeout=0):
+    with locked(job.folder, f"run {name}: another process is training it"):
+        with locked(job.folder, f"run {name}: another process is at it", "work.", ORPHAN_SECONDS):
             remove_temporary(job.folder)
-            for stage, (notebook, parameters) in stages.items():
-                if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
-                    execute(notebook, job.folder / f"{notebook}.ipynb", **parameters)
-    except Timeout:
-        raise StudyError(f"run {name}: another process is training it") from None
+        for stage, (notebook, parameters) in stages.items():
+            if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
+                execute(notebook, job.folder / f"{notebook}.ipynb", **parameters)
 
 
 def notebook_parameters(place: Workplace, **more: Any) -> dict[str, Any]:
@@ -265,6 +317,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     bar: tqdm
     started: float
+    slot: int
 
     def show(self) -> None:
         progress = read_json(self.job.folder / "progress.json")
@@ -284,52 +337,105 @@ def run_all(
 
     Returns:
         The reason of each failed run.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, when the runs have finished their checkpoints.
     """
     waiting, working, failures = list(jobs), [], {}
+    devices = share_devices(device, max(at_once, 1))
     slots = list(range(max(at_once, 1)))
     try:
         while waiting or working:
             while waiting and slots:
-                working.append(_start(place, waiting.pop(0), device, tensorboard, slots.pop(0)))
+                slot = slots.pop(0)
+                working.append(_start(place, waiting.pop(0), devices[slot], tensorboard, slot))
             time.sleep(POLL_SECONDS)
             for worker in list(working):
                 worker.show()
                 if worker.process.poll() is None:
                     continue
                 working.remove(worker)
-                slots.append(worker.bar.pos if worker.bar.pos >= 0 else -worker.bar.pos)
+                slots.append(worker.slot)
                 worker.bar.close()
                 minutes = (time.monotonic() - worker.started) / 60
                 if worker.process.returncode == 0:
                     tqdm.write(f"  {worker.job.run.name}: finished in {minutes:.1f} min")
                 else:
-                    failures[worker.job.run.name] = _last_line(worker.job.folder / "worker.log")
+                    failures[worker.job.run.name] = last_line(worker.job.folder / WORKER_LOG)
                     tqdm.write(f"  {worker.job.run.name}: FAILED: {failures[worker.job.run.name]}")
+    except KeyboardInterrupt:
+        _finish(working)
+        raise
     finally:
-        for worker in working:  # Ctrl-C: the runs resume from their checkpoints
-            worker.process.terminate()
+        for worker in working:
+            worker.process.kill()
             worker.bar.close()
     return failures
 
 
-def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, slot: int) -> _Worker:
+def _finish(working: list[_Worker]) -> None:
+    """Ask the runs to end and wait for their checkpoints; a second Ctrl-C does not wait."""
+    for worker in working:
+        worker.process.terminate()
+        worker.bar.close()
+    if working:
+        print("\n  interrupted: the runs finish their checkpoints (Ctrl-C again: end at once)", flush=True)
+    deadline = time.monotonic() + FINISHING_SECONDS
+    for worker in working:
+        with suppress(subprocess.TimeoutExpired):
+            worker.process.wait(max(0.0, deadline - time.monotonic()))
+            print(f"  {last_line(worker.job.folder / WORKER_LOG)}", flush=True)
+
+
+def share_devices(device: str | None, at_once: int) -> list[str | None]:
+    """The device of each of the runs that go on at a time: every GPU in turn where none or just "cuda" is asked for.
+
+    Args:
+        device: as typed; several may be named, separated by commas.
+        at_once: runs at a time.
+    """
+    given: list[str | None] = list(device.split(",")) if device else [None]
+    if given in ([None], ["cuda"]) and (count := torch.cuda.device_count()) > 1:
+        given = [f"cuda:{number}" for number in range(count)]
+    return [given[slot % len(given)] for slot in range(at_once)]
+
+
+def command_line(command: str, place: Workplace, *arguments: str) -> list[str]:
+    """`mlrpl COMMAND STUDY …` in this interpreter, for this place's runs."""
+    return [sys.executable, "-m", "mlrpl", command, place.given, *arguments, "--runs", str(place.root)]
+
+
+def run_command(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> list[str]:
+    """The command line that executes one run, here or in a scheduler's job."""
+    options = [*(["--device", device] if device else []), *["--tensorboard"] * tensorboard]
+    return [*command_line("run", place, job.run.name), *options]
+
+
+def run_environment(job: Job) -> dict[str, str]:
+    """What that command needs beside the environment: threads are fixed, so that results depend on no engine."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return dict.fromkeys(names, str(job.run.settings.threads))
+
+
+def start_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> subprocess.Popen[bytes]:
+    """Start the process that executes one run; what it says goes to `WORKER_LOG` in the run's folder.
+
+    It leads a session of its own, so that Ctrl-C reaches `reproduce` alone, which asks its runs in order.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mlrpl", "run", place.given, job.run.name, "--runs", str(place.root)]
-    command += ["--parent", str(os.getpid())]
-    command += ["--tensorboard"] * tensorboard
-    if device:
-        command += ["--device", device]
-    threads = str(job.run.settings.threads)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
-    }
-    with (job.folder / "worker.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL
+    with (job.folder / WORKER_LOG).open("wb") as log:
+        return subprocess.Popen(
+            [*run_command(place, job, device, tensorboard), "--parent", str(os.getpid())],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **run_environment(job)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
+
+
+def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, slot: int) -> _Worker:
+    process = start_run(place, job, device, tensorboard)
     if not sys.stderr.isatty():
         print(f"  {job.run.name}: started", flush=True)
     bar = tqdm(
@@ -340,10 +446,11 @@ def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, sl
         disable=not sys.stderr.isatty(),
         bar_format="  {desc:<24} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
     )
-    return _Worker(job, process, bar, time.monotonic())
+    return _Worker(job, process, bar, time.monotonic(), slot)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The reason that a run's process gave for its end."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("mlrpl: ") if lines else "it ended without a word"
 

@@ -280,7 +280,12 @@ def _range(triples: Sequence[Sequence[float]], form: str) -> str:
 
 def show(table: pd.DataFrame) -> Styler:
     """A table as a notebook displays it: without its numbered index, floats with two decimals."""
-    return table.style.hide(axis="index").format(precision=2, na_rep="—").set_uuid("")
+    return (
+        table.style.hide(axis="index")
+        .format(precision=2, na_rep="—", escape="html")
+        .format_index(escape="html", axis=1)
+        .set_uuid("")
+    )
 
 
 def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:

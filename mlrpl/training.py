@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ from tqdm import tqdm
 
 from mlrpl.config import Run
 from mlrpl.data import Batch, Batches, Store
-from mlrpl.errors import StudyError
+from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import test_dice
 from mlrpl.files import atomic, write_json
+from mlrpl.interrupt import stop_requests
+from mlrpl.memory import require
 from mlrpl.methods import Method, Step, build
 from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.precision import Precision, choose_precision
@@ -199,10 +202,12 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
 
 def make_batches(run: Run, store: Store, method: Method) -> Batches:
     """The run's batches, its cases read into memory."""
+    cases, settings = [case for ids in split_training(run, store, method.uses_unlabelled) for case in ids], run.settings
+    advice = "lower the study's batch or patch, or use fewer cases"
+    require(store.size(cases) + 8 * sum(settings.batch) * math.prod(settings.patch), f"run {run.name}", advice)
     labelled, unlabelled = (
         [store.load(case) for case in ids] for ids in split_training(run, store, method.uses_unlabelled)
     )
-    settings = run.settings
     sizes = settings.batch if method.uses_unlabelled else (sum(settings.batch), 0)
     return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, sizes)
 
@@ -249,7 +254,9 @@ class Trainer:
         self.best = -1.0
         self.seconds = 0.0
         self.peak_memory_mb = 0
+        self.best_at = 0
         self.began_with = {**environment(), "device": device_name(device)}
+        self.continued_with: list[dict[str, Any]] = []
         self.precision = Precision("float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
@@ -262,15 +269,17 @@ class Trainer:
         requested = self.run.settings.precision
         if path.exists():
             state = load(path, self.device)
-            if state["key"] != self.key:
+            if not isinstance(state, dict) or state.get("key") != self.key:
                 raise StudyError(
                     f"{path.name} of run {self.run.name} belongs to other settings; delete it and run again"
                 )
-            self.precision = Precision(state["precision"], state["reason"])
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
-            self.peak_memory_mb, self.began_with = state["peak_memory_mb"], state["began_with"]
+            try:
+                self._restore(state)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise StudyError(
+                    f"{path.name} of run {self.run.name}: lacks something ({type(error).__name__}); "
+                    "delete it and run again"
+                ) from None
         else:
             volumes = sum(self.batches.sizes)
             self.precision = choose_precision(
@@ -279,6 +288,20 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
         if path.exists():
             self.scaler.load_state_dict(state["scaler"])
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.precision = Precision(state["precision"], state["reason"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
+        self.best_at = state.get("best_at", 0)
+        self.peak_memory_mb, now = state["peak_memory_mb"], self.began_with
+        self.began_with, self.continued_with = state["began_with"], list(state.get("continued_with", []))
+        before = self.began_with | (self.continued_with[-1] if self.continued_with else {})
+        if other := {name: value for name, value in now.items() if before.get(name) != value}:
+            self.continued_with.append({"from_iteration": self.iteration, **other})
+        if self.best_at == self.iteration > 0:  # the kill may have come before published.pt was written
+            save(self.folder / "published.pt", self._weights())
 
     def _step(self, iteration: int) -> dict[str, Tensor]:
         settings = self.run.settings
@@ -323,9 +346,11 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
+                "best_at": self.best_at,
                 "seconds": self.seconds,
                 "peak_memory_mb": self.peak_memory_mb,
                 "began_with": self.began_with,
+                "continued_with": self.continued_with,
             },
         )
 
@@ -333,7 +358,11 @@ class Trainer:
         dice = test_dice(self.method, self.checks, self.device, self.precision)
         self.check_log.add(iteration=self.iteration, dice=dice)
         if dice > self.best:
-            self.best = dice
+            # The checkpoint first. A kill between the two leaves a checkpoint that holds the very weights that
+            # published.pt lacks. The other way round, published.pt would be ahead of the checkpoint, and a GPU, where
+            # iterations done again give slightly other weights, might never write it again.
+            self.best, self.best_at = dice, self.iteration
+            self._checkpoint()
             save(self.folder / "published.pt", self._weights())
         return dice
 
@@ -348,7 +377,12 @@ class Trainer:
 
         Raises:
             StudyError: where the loss is not finite; the last good checkpoint stays.
+            StoppedError: on Ctrl-C or SIGTERM, when the checkpoint is written.
         """
+        with stop_requests() as asked:
+            return self._train(watch, asked)
+
+    def _train(self, watch: Callable[[Progress], None] | None, asked: Event) -> dict[str, Any]:
         iterations = self.run.settings.iterations
         started, offset = time.monotonic(), self.seconds
         saved = watched = started
@@ -359,7 +393,8 @@ class Trainer:
             now = time.monotonic()
             self.seconds = offset + now - started
             self.log.add(iteration=self.iteration, seconds=self.seconds, **terms)
-            due = now - saved > CHECKPOINT_SECONDS or self.iteration == iterations
+            stopping = asked.is_set()
+            due = now - saved > CHECKPOINT_SECONDS or self.iteration == iterations or stopping
             if now - watched > PROGRESS_SECONDS or due or self.iteration == 1:
                 watched = now
                 self._watch(terms, first, now - started, watch)
@@ -368,9 +403,13 @@ class Trainer:
             if due:
                 self._checkpoint()
                 saved = time.monotonic()
+            if stopping and self.iteration < iterations:
+                raise StoppedError(
+                    f"run {self.run.name}: interrupted, its checkpoint is at iteration {self.iteration} of "
+                    f"{iterations}; the same command goes on from there"
+                )
         if self.best < 0:  # a run too short for any check
             self._check()
-            self._checkpoint()
         save(self.folder / "last.pt", self._weights())
         return {
             "precision": self.precision.name,
@@ -379,11 +418,14 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             "peak_memory_mb": self.peak_memory_mb,
             **self.began_with,
+            **({"continued_with": self.continued_with} if self.continued_with else {}),
         }
 
     def _diverged(self, what: str) -> StudyError:
+        """The iteration named is the first with a bad loss, which may be some before the one that noticed it."""
+        bad = (row["iteration"] for row in self.log.waiting if not math.isfinite(row["total"]))
         return StudyError(
-            f"run {self.run.name}: {what} at iteration {self.iteration}; the last good checkpoint is kept; "
+            f"run {self.run.name}: {what} at iteration {next(bad, self.iteration)}; the last good checkpoint is kept; "
             "try a lower learning_rate, or precision: float32"
         )
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,27 @@ os.environ |= {
 }
 
 import browser as chromium
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if marker := item.get_closest_marker("fault"):
+        item.user_properties.append(("fault", marker.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Which faults were done, how often, and how many of them lost something."""
+    rows: dict[str, list[int]] = {}
+    for report in [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]:
+        facts = dict(report.user_properties)
+        if "fault" in facts and (report.when == "call" or report.failed):
+            row = rows.setdefault(facts["fault"], [0, 0])
+            row[0] += facts.get("tried", 1)
+            row[1] += max(facts.get("lost", 0), int(report.failed))
+    if rows:
+        terminalreporter.section("faults")
+        terminalreporter.line("| fault | times tried | lost |\n| --- | ---: | ---: |")
+        for name, (tried, lost) in rows.items():
+            terminalreporter.line(f"| {name} | {tried} | {lost} |")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,7 +21,10 @@ from filelock import FileLock
 
 from mlrpl import cli, training
 from mlrpl.config import study_names
-from mlrpl.study import Workplace
+from mlrpl.errors import StudyError
+from mlrpl.methods import METHODS
+from mlrpl.methods.vnet import SupervisedVNet
+from mlrpl.study import Workplace, execute_run
 from mlrpl.training import Trainer
 
 SETTINGS = {
@@ -196,7 +199,52 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path, monkeypatch, cap
         with pytest.raises(SystemExit, match="2"):
             cli.main()
     assert capfd.readouterr().err == "mlrpl: run vnet-1-s0: another process is training it\n"
-    assert list(job.folder.iterdir()) == [job.folder / ".lock"]
+    assert left_behind(tmp_path / "runs/small") == []
+
+
+class Exhausting(SupervisedVNet):
+    """Asks PyTorch for more memory than any machine has."""
+
+    def loss(self, batch, step):
+        return {"total": torch.empty(2**60).sum()}
+
+
+def test_out_of_memory_says_which_setting_to_lower(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(METHODS, "exhausting", Exhausting)
+    place = Workplace(write(tmp_path, runs=[VNET | {"method": "exhausting"}]))
+    with pytest.raises(StudyError, match="run vnet-1-s0: out of memory; lower the study's batch, patch or filters"):
+        place.train("vnet-1-s0", "cpu")
+
+
+DYING = """
+import os
+import signal
+from mlrpl.methods.vnet import SupervisedVNet
+
+class Dying(SupervisedVNet):
+    def loss(self, batch, step):
+        if step.iteration == 3 and not os.path.exists("spared"):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel's out-of-memory killer does
+        return super().loss(batch, step)
+"""
+
+
+def test_a_notebook_kernel_that_dies_is_told_and_harms_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "dying.py").write_text(DYING)
+    place = Workplace(write(tmp_path, runs=[VNET | {"method": "dying:Dying"}]))
+    with pytest.raises(StudyError, match=r"02-train: Kernel died; if for want of memory: lower the study's batch") as e:
+        execute_run(place, "vnet-1-s0", "cpu")
+    assert "\n" not in str(e.value)
+    folder = place.job("vnet-1-s0").folder
+    assert not {path.name for path in folder.iterdir()} & {"last.pt", "02-train.ipynb", "provenance.json"}
+    assert [path.name for path in folder.rglob("*.partial*")] == []
+    (tmp_path / "spared").touch()
+    place.train("vnet-1-s0", "cpu")
+    assert len(pd.read_csv(folder / "log.csv")) == 4
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capfd):

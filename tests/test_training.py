@@ -23,7 +23,7 @@ import torch
 from mlrpl import training
 from mlrpl.config import Dataset, Run
 from mlrpl.data import Store, open_store, prepare
-from mlrpl.errors import StudyError
+from mlrpl.errors import StoppedError, StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.methods.mlrpl import MLRPL
 from mlrpl.training import (
@@ -180,7 +180,7 @@ def undisturbed(store, tmp_path_factory) -> Path:
     ("step", 13, 12),  # after an optimiser step, between two checkpoints
     ("log", 9, 9),  # the log is written, its checkpoint is not
     ("write", 15, 15),  # a checkpoint is half-written
-    ("save", 4, 3),  # published.pt is newer than the checkpoint
+    ("save", 4, 4),  # the checkpoint of a better check is written, published.pt is not
     ("step", 2, 0),  # before the first checkpoint
 ], ids=str)  # fmt: skip
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(store, undisturbed, tmp_path, moment, at, rows):
@@ -188,12 +188,64 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(store, undisturbe
     killed_child(example(iterations=20), store, folder, moment, at)
     assert not (folder / "last.pt").exists()
     assert len(read_log(folder / "log.csv")) == rows
-    assert (folder / "published.pt").exists() == (at >= 4)
+    assert (folder / "published.pt").exists() == (at >= 4 and moment != "save")
     assert (folder / "checkpoint.pt").exists() == (at > 3)
     for partial in folder.glob(".*.partial"):  # what the study clears away before a run goes on
         partial.unlink()
     train(example(iterations=20), store, folder)
     assert_undisturbed(folder, undisturbed)
+
+
+def test_published_weights_are_right_where_iterations_done_again_would_differ(store, tmp_path, monkeypatch):
+    """As on a GPU: the check that was best before the kill is not the best when it is done again."""
+    run, scores, write = example(iterations=8), {4: 0.5, 8: 0.1}, training.save
+    monkeypatch.setattr(training, "test_dice", lambda *_: scores[trainer.iteration])
+    killed = lambda path, content: 1 / 0 if path.name == "published.pt" else write(path, content)  # noqa: E731
+    monkeypatch.setattr(training, "save", killed)
+    trainer = Trainer(run, store, tmp_path, KEY, CPU)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not (tmp_path / "published.pt").exists()
+    best = weights(tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(training, "save", write)
+    scores[4] = 0.05
+    trainer = Trainer(run, store, tmp_path, KEY, CPU)
+    trainer.train()
+    assert load(tmp_path / "published.pt", CPU)["iteration"] == 4
+    assert equal(weights(tmp_path / "published.pt"), best)
+    assert [float(row["dice"]) for row in read_log(tmp_path / "checks.csv")] == [0.5, 0.1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_finishes_the_checkpoint_and_says_how_to_go_on(store, tmp_path, monkeypatch, number):
+    run, folder, step = example(), tmp_path / "run", Trainer._step
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def stepped(self, iteration):
+        if iteration == 7:
+            os.kill(os.getpid(), number)
+        return step(self, iteration)
+
+    monkeypatch.setattr(Trainer, "_step", stepped)
+    with pytest.raises(StoppedError, match="its checkpoint is at iteration 7 of 12; the same command goes on"):
+        train(run, store, folder)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert load(folder / "checkpoint.pt", CPU)["iteration"] == 7
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert_undisturbed(train(run, store, folder), train(run, store, tmp_path / "reference"))
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(store, tmp_path, monkeypatch, checkpoints_every):
+    checkpoints_every(5)
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, k: step(self, k) if k < 7 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(example(), store, tmp_path)
+    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(training, "environment", lambda: {"commit": "another", "python": "3.99"})
+    facts = Trainer(example(), store, tmp_path, KEY, CPU).train()
+    assert facts["commit"] != "another"
+    assert facts["continued_with"] == [{"from_iteration": 5, "commit": "another", "python": "3.99"}]
 
 
 def test_killed_by_surprise_and_again_while_resuming(store, tmp_path):
@@ -446,8 +498,9 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(
     monkeypatch.setattr(Diverging, "what", what)
     monkeypatch.setattr(Diverging, "wrong_from", 8 if what == "loss" else 10)  # 10: the last loss still is finite
     checkpoints_every(5)
-    run = example("diverging")
-    with pytest.raises(StudyError, match=rf"run diverging-2-s0: {said} at iteration 10; .*checkpoint is kept") as error:
+    run = example("diverging", check_from=100)
+    first = Diverging.wrong_from  # named is where it went wrong, not where that was noticed
+    with pytest.raises(StudyError, match=rf"run diverging-2-s0: {said} at iteration {first}; .*is kept") as error:
         train(run, store, tmp_path / "run")
     assert "\n" not in str(error.value)
     folder = tmp_path / "run"
@@ -488,6 +541,14 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(store, tmp
     with contextlib.suppress(Exception):
         torch.load(folder / "checkpoint.pt", weights_only=False)
     assert (tmp_path / "made").exists()  # it would have
+
+
+@pytest.mark.parametrize("lacking", ["method", "optimizer", "iteration", "reason", "key"])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(store, undisturbed, tmp_path, lacking):
+    state = load(undisturbed / "checkpoint.pt", CPU)
+    training.save(tmp_path / "checkpoint.pt", {name: value for name, value in state.items() if name != lacking})
+    with pytest.raises(StudyError, match=r"^checkpoint\.pt of run mlrpl-2-s0.*; delete it and run again$"):
+        train(example(iterations=20), store, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(store, undisturbed, tmp_path):

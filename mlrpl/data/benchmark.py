@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 from pydantic import Field
 
+from mlrpl.data.bounds import read_h5
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Options, Raw, Rejected
 from mlrpl.errors import StudyError
@@ -74,10 +75,7 @@ class Benchmark:
         """The datasets image and label of an HDF5 file, as they are."""
         try:
             with h5py.File(self.root / name) as file:
-                missing = {"image", "label"} - set(file)
-                if missing:
-                    raise StudyError(f"{name}: no dataset '{min(missing)}' in this file; replace it")
-                image, label = file["image"][()], file["label"][()]
+                image, label = read_h5(file, "image", name), read_h5(file, "label", name)
         except (OSError, RuntimeError) as error:
             raise StudyError(
                 f"{name}: cannot be read as HDF5, it may be cut short; copy it again "

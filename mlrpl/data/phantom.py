@@ -25,7 +25,7 @@ from mlrpl.data.source import Entry, Options, Raw, Rejected
 SPLITS = {"train": 0, "test": 1}
 GREY_LEVELS = 1000  # whole grey levels, so that the last bit of a float, which machines differ in, is rounded away
 
-Side = Annotated[int, Field(ge=16)]
+Side = Annotated[int, Field(ge=16, le=1024)]
 
 
 class PhantomOptions(Options):

@@ -73,6 +73,9 @@ class Store:
         held = set(labelled[number::folds])
         cases = [case | {"split": "test"} if case["id"] in held else case for case in self.index["cases"]]
         return Store(self.folder, self.index | {"cases": cases, "fingerprint": fingerprint(cases)})
+    def size(self, case_ids: list[str]) -> int:
+        """Bytes of these cases in memory."""
+        return sum(entry["bytes"] for case in case_ids for entry in self._cases[case]["arrays"].values())
 
     def load(self, case_id: str) -> Case:
         """Read one case and check its bytes; StudyError when it is not in the store or damaged."""

@@ -1,6 +1,5 @@
 """Volumes as files: NIfTI, NRRD and folders of DICOM slices; axes x, y, z as in the file, with their geometry."""
 
-import gzip
 import hashlib
 import math
 import zlib
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlrpl.data.bounds import TRAILING, check_nifti, check_nrrd, read_bounded
 from mlrpl.data.dicom import read_dicom
 from mlrpl.data.grid import Geometry, to_itk
 from mlrpl.errors import StudyError
@@ -48,8 +48,9 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     import SimpleITK
 
     try:
+        size = check_nifti(root / name, name)
         volume = SimpleITK.ReadImage(str(root / name))
-        stored = _stored_voxels(root / name, volume)
+        stored = _stored_voxels(root / name, volume, size)
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error):
         raise StudyError(f"{name}: cannot be read as NIfTI, it may be cut short; copy it again") from None
     bad = np.count_nonzero(~np.isfinite(stored))
@@ -61,6 +62,7 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
 def _read_nrrd(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     import SimpleITK
 
+    check_nrrd(root / name, name)
     try:
         volume = SimpleITK.ReadImage(str(root / name))
     except RuntimeError:
@@ -130,15 +132,13 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stored_voxels(path: Path, volume: "SimpleITK.Image") -> np.ndarray:
+def _stored_voxels(path: Path, volume: "SimpleITK.Image", size: int) -> np.ndarray:
     """The numbers as they lie in the file; whole numbers as bytes, since they need no look.
 
     ITK reads a file that is cut short as zeros, and NaN as zero, without a word: hence this look at the file. Raises
     ValueError when it is shorter than its header says, and gzip's errors.
     """
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
+    data = read_bounded(path, size + TRAILING)
     header = {key: int(float(volume.GetMetaData(key))) for key in ("vox_offset", "bitpix", "datatype", "dim[0]")}
     count = math.prod(int(volume.GetMetaData(f"dim[{axis + 1}]")) for axis in range(header["dim[0]"]))
     order = "<" if int.from_bytes(data[:4], "little") in HEADER_SIZES else ">"

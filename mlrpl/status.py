@@ -1,0 +1,69 @@
+"""`mlrpl status`: where every run of a study stands, read from its folder, its lock and Slurm's queue."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from mlrpl import slurm
+from mlrpl.errors import StudyError
+from mlrpl.files import read_json
+from mlrpl.locks import holder
+from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run: its state ("finished", "running", "queued", "stopped", "failed", "waiting") and what is known of it."""
+
+    run: str
+    state: str
+    detail: str = ""
+
+
+def standings(place: Workplace) -> list[Standing]:
+    """Of every run, in the study's order.
+
+    Raises:
+        StudyError: where nothing of the study has been run here.
+    """
+    if not place.runs.is_dir():
+        raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce")
+    jobs, queued = read_json(place.runs / "slurm.json").get("runs", {}), slurm.queue()
+    return [_standing(job, queued.get(jobs.get(job.run.name, ""))) for job in place.jobs]
+
+
+def described(place: Workplace) -> str:
+    """The same as text: how many are in each state, then a line a run."""
+    found = standings(place)
+    counts = Counter(standing.state for standing in found)
+    head = f"Study {place.study.name}: {len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
+    width = max(len(standing.run) for standing in found)
+    return "\n".join([head, *(f"  {s.run:<{width}}  {s.state:<8}  {s.detail}".rstrip() for s in found)])
+
+
+def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
+    name, folder = job.run.name, job.folder
+    if not folder.is_dir():
+        return Standing(name, "queued", slurm_job[1]) if slurm_job else Standing(name, "waiting")
+    if (owner := holder(folder)) is not None:
+        return Standing(name, "running", f"{_progress(job)}; process {owner.pid} on {owner.host}")
+    if all(job.finished(stage) and (folder / notebook).exists() for stage, notebook in STAGES):
+        minutes = job.provenance["train"].get("seconds", 0) / 60
+        return Standing(name, "finished", f"in {minutes:.1f} min of training")
+    if slurm_job:
+        state, reason = slurm_job
+        running = state in ("RUNNING", "COMPLETING")
+        return Standing(name, "running" if running else "queued", "starting" if running else reason)
+    log = folder / WORKER_LOG
+    if not log.exists():
+        return Standing(name, "waiting")
+    reason = last_line(log)
+    state = "stopped" if "the same command goes on" in reason else "failed"
+    return Standing(name, state, f"{reason} ({log})")
+
+
+def _progress(job: Job) -> str:
+    progress = read_json(job.folder / "progress.json")
+    done, of = progress.get("iteration", 0), job.run.settings.iterations
+    if done >= of:
+        return "evaluating"
+    return f"iteration {done} of {of}, {progress.get('seconds_left', 0) / 60:.0f} min left" if done else "starting"
