@@ -65,7 +65,7 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
     for job in jobs:
         with _locked(job), _bar(job.run.name, "case") as show:
             place.evaluate(job.run.name, device, show)
-    found = collect(jobs, Results.load(place.results), adopt=False)
+    found = collect(jobs, Results.load(place.results))
     found.save(place.results)
     print(tables.to_markdown(headline(found, place)))
     print(tables.to_markdown(_by_class(found, place.study.distances)))
