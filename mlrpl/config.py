@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
@@ -118,8 +118,22 @@ class PaperFigure(Model):
     hd95: float | None = None
 
 
+class Audit(Model):
+    """That a study measures its pseudo-labels during training (`mlrpl.audit`).
+
+    An audit observes only, so it is not part of a run's key: a finished run is not run again for one.
+
+    Attributes:
+        every: iterations from one audit to the next.
+        variants: of the study's lines; their methods need two decoders or more.
+    """
+
+    every: Annotated[int, Field(gt=0)]
+    variants: Annotated[tuple[Slug, ...], Field(min_length=1)] = ("mlrpl",)
+
+
 class Run(Model):
-    """One training: everything resolved."""
+    """One training: everything resolved. `audit_every` (0: never) changes no result and is not part of the key."""
 
     study: str
     variant: str
@@ -129,15 +143,14 @@ class Run(Model):
     seed: int
     settings: Settings
     options: dict[str, Any] = {}
+    audit_every: Annotated[int, Field(ge=0)] = 0
 
     @property
     def name(self) -> str:
         """For people: variant, number of labelled cases, seed."""
         return f"{self.variant}-{self.labelled}-s{self.seed}"
 
-    def key(
-        self, fingerprint: str, result_version: int, defaults: dict[str, Any], unused: Collection[str] = ()
-    ) -> str:
+    def key(self, fingerprint: str, result_version: int, defaults: dict[str, Any], unused: Collection[str] = ()) -> str:
         """16 hexadecimal digits that change when, and only when, the result may.
 
         Args:
@@ -172,6 +185,7 @@ class Study(Model):
         seeds: of the runs that do not name their own.
         runs: in order of importance: the first seed of all lines runs before the second of any.
         paper: published figures.
+        audit: which runs are audited, and how often; None for none.
     """
 
     name: Slug
@@ -183,6 +197,16 @@ class Study(Model):
     seeds: Seeds = (0,)
     entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
     paper: tuple[PaperFigure, ...] = ()
+    audit: Audit | None = None
+
+    @model_validator(mode="after")
+    def audits_what_it_has(self) -> "Study":
+        """A misspelt variant would never be audited, and nobody would notice."""
+        known = [entry.variant for entry in self.entries]
+        for variant in self.audit.variants if self.audit else ():
+            if variant not in known:
+                raise ValueError(f"audit: no line of runs has the variant {variant!r}: choose of {', '.join(known)}")
+        return self
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed.
@@ -208,6 +232,7 @@ class Study(Model):
                         seed=seed,
                         settings=settings,
                         options=entry.options,
+                        audit_every=self.audit.every if self.audit and entry.variant in self.audit.variants else 0,
                     )
 
 

@@ -121,7 +121,11 @@ class Workplace:
         folders: dict[str, Path] = {}
         for run in self.study.runs():
             method = find_method(run.method)
-            build(run, self.store.channels, len(self.store.classes))
+            network = build(run, self.store.channels, len(self.store.classes)).network
+            if run.audit_every and len(network.decoders) < 2:
+                raise StudyError(
+                    f"study {self.study.name}: {run.variant} has one decoder, so there is nothing to audit"
+                )
             split_training(run, self.store, method.uses_unlabelled)
             key = run.key(self.store.fingerprint, method.result_version, method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
