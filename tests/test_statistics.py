@@ -97,9 +97,7 @@ def test_the_figure_shows_every_difference_with_its_p():
     table = summary(*study({"MLRPL": ours, "A": ours - 0.05 + 0.01 * random.random(9), "B": ours[::-1]}))
     (axes,) = differences(table).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]
-    assert [text.get_text() for text in axes.texts if text.get_text()][
-        0
-    ] == f"p = {probability(table.iloc[1]['p_holm'])}"
+    assert axes.texts[0].get_text() == f"p = {probability(table.iloc[1]['p_holm'])}"
 
 
 def test_p_is_printed_as_journals_do():
