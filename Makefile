@@ -35,6 +35,7 @@ help:  ## this list
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
 	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
 	@echo "  ADOPT=1        take committed results with the same key as finished"
+	@echo "  LAB=           options for jupyter lab"
 	@echo "  WORKERS=2      test processes at a time"
 	@echo "  PYTHON=python3 interpreter that .venv is made with, 3.11 or newer"
 	@echo "  TORCH_INDEX=   where torch's build comes from (README: CPU or CUDA)"
@@ -53,8 +54,8 @@ test: $(READY)  ## all fast tests
 test-all: $(READY)  ## all tests, slow ones too
 	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
 
-lab: $(READY)  ## JupyterLab with the notebooks
-	@$(BIN)jupyter lab notebooks
+lab: $(READY)  ## JupyterLab with the notebooks, at the viewer of cases
+	@$(BIN)jupyter lab notebooks/07-explore.ipynb $(LAB)
 
 lint: $(READY)  ## ruff
 	@$(BIN)ruff check .

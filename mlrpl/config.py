@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
@@ -122,8 +122,97 @@ class PaperFigure(Model):
     hd95: float | None = None
 
 
+class Variant(Model):
+    """One choice of an ablation: what it changes, and the paper's figure for it.
+
+    Attributes:
+        variant: what tells it from the ablation's others.
+        title: as tables and figures print it.
+        settings: see `Entry`.
+        options: see `Entry`.
+        paper: published Dice in percent, or what else is published, as a few words.
+    """
+
+    variant: Slug
+    title: str
+    settings: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    paper: float | str | None = None
+
+
+class Ablation(Model):
+    """Variants of MLRPL that differ in one thing; the one that changes nothing is the reference.
+
+    Runs that coincide with others, here or among the study's `runs`, are trained once.
+
+    Attributes:
+        name: of its tables and figures.
+        title: headline.
+        axis: what is varied.
+        about: Markdown for the reader.
+        paper_on: the data of the paper's figures.
+        labelled: numbers of labelled cases.
+        seeds: instead of the study's.
+        variants: in the order of tables and figures.
+    """
+
+    name: Slug
+    title: str
+    axis: str
+    about: str = ""
+    paper_on: str = ""
+    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    seeds: Seeds | None = None
+    variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
+
+    @field_validator("labelled", "seeds", mode="before")
+    @classmethod
+    def listed(cls, value: Any) -> Any:
+        """One number stands for a list of one."""
+        return [value] if isinstance(value, int) else value
+
+    @field_validator("variants")
+    @classmethod
+    def one_reference(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        """Differences need something to differ from."""
+        unchanged = [v.variant for v in variants if not v.settings and not v.options]
+        if len(unchanged) != 1:
+            raise ValueError(f"one variant must change nothing (no settings, no options), not {len(unchanged)}")
+        return variants
+
+    def entries(self) -> Iterator[Entry]:
+        """The lines that it adds to the study's runs."""
+        for v in self.variants:
+            yield Entry(
+                variant=f"{self.name}-{v.variant}",
+                method="mlrpl",
+                title=f"{self.title}: {v.title}",
+                labelled=self.labelled,
+                seeds=self.seeds,
+                settings=v.settings,
+                options=v.options,
+            )
+
+
+class Audit(Model):
+    """That a study measures its pseudo-labels during training (`mlrpl.audit`).
+
+    An audit observes only, so it is not part of a run's key: a finished run is not run again for one.
+
+    Attributes:
+        every: iterations from one audit to the next.
+        variants: of the study's lines; their methods need two decoders or more.
+    """
+
+    every: Annotated[int, Field(gt=0)]
+    variants: Annotated[tuple[Slug, ...], Field(min_length=1)] = ("mlrpl",)
+
+
 class Run(Model):
-    """One training: everything resolved."""
+    """One training: everything resolved.
+
+    `audit_every` (0: never) and `ablation` (the one that it belongs to) change no result and are not part of the key.
+    """
 
     study: str
     variant: str
@@ -134,6 +223,8 @@ class Run(Model):
     settings: Settings
     options: dict[str, Any] = {}
     fold: int | None = None  # of a cross-validation; the data's fingerprint tells folds apart in the key
+    audit_every: Annotated[int, Field(ge=0)] = 0
+    ablation: str = ""
 
     @property
     def name(self) -> str:
@@ -178,6 +269,9 @@ class Study(Model):
         seeds: of the runs that do not name their own.
         runs: in order of importance: the first seed of all lines runs before the second of any.
         paper: published figures.
+        audit: which runs are audited, and how often; None for none.
+        ablations: their runs come after the study's own of the same seed.
+        ablations_of: a study whose committed ablations the report shows in their place.
     """
 
     name: Slug
@@ -190,6 +284,18 @@ class Study(Model):
     seeds: Seeds = (0,)
     entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
     paper: tuple[PaperFigure, ...] = ()
+    audit: Audit | None = None
+    ablations: tuple[Ablation, ...] = ()
+    ablations_of: Slug | None = None
+
+    @model_validator(mode="after")
+    def audits_what_it_has(self) -> "Study":
+        """A misspelt variant would never be audited, and nobody would notice."""
+        known = [entry.variant for entry in self.entries]
+        for variant in self.audit.variants if self.audit else ():
+            if variant not in known:
+                raise ValueError(f"audit: no line of runs has the variant {variant!r}: choose of {', '.join(known)}")
+        return self
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed.
@@ -197,9 +303,11 @@ class Study(Model):
         Raises:
             StudyError: where a line's own settings are wrong.
         """
-        seeds = sorted({seed for entry in self.entries for seed in entry.seeds or self.seeds})
+        lines = [(entry, "") for entry in self.entries]
+        lines += [(entry, ablation.name) for ablation in self.ablations for entry in ablation.entries()]
+        seeds = sorted({seed for entry, _ in lines for seed in entry.seeds or self.seeds})
         for seed in seeds:
-            for entry in self.entries:
+            for entry, ablation in lines:
                 if seed not in (entry.seeds or self.seeds):
                     continue
                 settings = _validated(
@@ -217,6 +325,8 @@ class Study(Model):
                         settings=settings,
                         options=entry.options,
                         fold=fold,
+                        audit_every=self.audit.every if self.audit and entry.variant in self.audit.variants else 0,
+                        ablation=ablation,
                     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mlrpl import tables
+from mlrpl import ablations, audit_report, statistics, tables
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
+from mlrpl.explore import explorable
 from mlrpl.figures import CaseView
 from mlrpl.files import atomic, read_json, write_json
 from mlrpl.locks import holder, locked
@@ -39,6 +40,12 @@ from mlrpl.study import (
 from mlrpl.training import find_device
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
+REPORT_PAGES = {
+    "04-compare": "Comparison",
+    "05-ablate": "Ablations",
+    "06-reliability": "Reliability",
+    "07-explore": "Exploring",
+}
 
 COMPARISON = """*Last*: the weights after the final iteration. *Published*: the weights that did best on the test cases
 among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
@@ -47,12 +54,26 @@ left out of the distances (the published code averages zeros there)."""
 COST = """Median over a method's runs, on the device and in the precision of the table of runs below; runs side by side
 slow one another down. Passes without gradient count as volumes too."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
+SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
+pairs the same cases of a method and MLRPL, with Holm's correction over the methods at one number of labelled cases.
+Final weights, decoder 1."""
+ABLATIONS = (
+    """Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."""
+)
+RELIABILITY = """AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."""
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
     "label-efficiency": "Final weights, decoder 1; bars are the standard deviation over seeds.",
     "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
     "and a pseudo-labelled foreground that fall together towards zero.",
     "checks": "The published protocol's checks.",
+    "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
+    "correction.",
+    "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside a confidence "
+    "threshold that keeps as many.",
+    "reliability-coverage": "Where the star lies above the line, WR chooses better than any threshold as strict.",
+    "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: not at all.",
+    "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest.",
     "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
     "method). Final weights, decoder 1.",
 }
@@ -129,7 +150,7 @@ def _reproduce(
     adopted = committed.keys() if adopt else set()
     todo = list(pending(place, only, adopted))
     adopted_names = [job.run.name for job in place.jobs if job.key in adopted and not job.finished("evaluate")]
-    print(f"  {len(store.index['cases'])} cases; {len(place.jobs)} runs, {len(todo)} to do")
+    print(f"  {len(store.index['cases'])} cases; {len({job.key for job in place.jobs})} runs, {len(todo)} to do")
     if adopted_names:
         print(f"  adopted from {place.results}/: {', '.join(adopted_names)}")
     if not (place.runs / "01-data.ipynb").exists() or read_json(place.runs / "data.json") != _data_key(place):
@@ -142,7 +163,7 @@ def _reproduce(
         print(f"  mlrpl status {place.given} shows where they stand, mlrpl cancel {place.given} takes them back")
         return {}
     failures = _unfinished(todo) if report_only else run_all(place, _free(todo), at_once, device, tensorboard)
-    found = collect(place.jobs, committed)
+    found = collect(place.jobs, committed, place.study.ablations)
     if not len(found):
         _summary(place, failures)
         return failures
@@ -196,6 +217,7 @@ def _summary(place: Workplace, failures: dict[str, str]) -> None:
 
 def headline(found: Results, place: Workplace) -> pd.DataFrame:
     """The table that matters first: final weights, every output."""
+    found = found.compared()
     table = tables.comparison(found.metrics, found.runs, [f.model_dump() for f in place.study.paper])
     return tables.formatted(table[table["selection"] == "last"], place.study.distances)
 
@@ -234,21 +256,41 @@ def _data_key(place: Workplace) -> dict[str, str]:
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:
     """What the report depends on: rows, the study's words and the code that shows them."""
-    shown = [NOTEBOOKS / "04-compare.ipynb", *sorted((PACKAGE / "templates").rglob("*.*"))]
-    shown += [PACKAGE / f"{name}.py" for name in ("figures", "tables", "report", "reproduce", "results")]
+    sources = [NOTEBOOKS / f"{name}.ipynb" for name in report_notebooks(place, found)]
+    sources += sorted((PACKAGE / "templates").rglob("*.*"))
+    sources += [PACKAGE / f"{name}.py" for name in REPORT_CODE]
+    if place.study.ablations_of:
+        sources += sorted((place.results.parent / place.study.ablations_of).glob("*.csv"))
     runs = found.runs[["run", "key", "adopted"]].values.tolist()
-    return {"key": _hash([runs, place.study.model_dump(), _data_key(place), _source(*shown)])}
+    return {"key": _hash([runs, place.study.model_dump(), _data_key(place), _source(*sources)])}
+
+
+REPORT_CODE = (
+    *("ablations", "audit_report", "explore", "figures", "report", "reproduce", "results", "statistics", "tables"),
+)
+
+
+def report_notebooks(place: Workplace, found: Results) -> list[str]:
+    """The notebooks over all runs that this study has something to show in."""
+    apply = {
+        "05-ablate": bool(place.study.ablations or place.study.ablations_of),
+        "06-reliability": len(found.audit) > 0,
+        "07-explore": bool(explorable(place)),
+    }
+    return [name for name in REPORT_PAGES if apply.get(name, True)]
 
 
 def _report(place: Workplace, found: Results) -> None:
     print("  writing the report", flush=True)
     folder = place.results
     found.save(folder)
-    compare = place.runs / "04-compare.ipynb"
-    execute("04-compare", compare, **notebook_parameters(place, RESULTS=str(place.results.parent)))
     title = place.study.title
     notebook_to_html(place.runs / "01-data.ipynb", folder / "01-data.html", f"{title}: data", "index.html")
-    notebook_to_html(compare, folder / "04-compare.html", f"{title}: comparison", "index.html")
+    for name in report_notebooks(place, found):
+        parameters = {"RESULTS": str(place.results.parent), **({"STATIC": True} if name == "07-explore" else {})}
+        execute(name, place.runs / f"{name}.ipynb", **notebook_parameters(place, **parameters))
+        what = f"{title}: {REPORT_PAGES[name].lower()}"
+        notebook_to_html(place.runs / f"{name}.ipynb", folder / f"{name}.html", what, "index.html")
     for job in representative(place.jobs):
         for notebook, what in STAGE_PAGES.items():
             if (executed := job.folder / f"{notebook}.ipynb").exists():
@@ -260,7 +302,7 @@ def _report(place: Workplace, found: Results) -> None:
                 )
     _keep_predictions(place, found)
     before = read_json(folder / "provenance.json").get("runs", {})
-    described = {job.run.name: {"key": job.key, **_described(job)} for job in place.jobs}
+    described = {job.run.name: {"key": job.key, **_described(job)} for job in _one_a_key(place.jobs)}
     for row in found.runs[found.runs["adopted"]].to_dict("records"):
         described[row["run"]] = before.get(row["run"], described[row["run"]])
     provenance = {
@@ -305,10 +347,20 @@ def _described(job: Job) -> dict[str, Any]:
     }
 
 
+def _one_a_key(jobs: Sequence[Job]) -> list[Job]:
+    """Of runs that coincide the first."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        first.setdefault(job.key, job)
+    return list(first.values())
+
+
 def representative(jobs: Sequence[Job]) -> list[Job]:
-    """The first seed of every variant and number of labelled cases: their notebooks are kept as pages."""
+    """The first seed of every variant and number of labelled cases, ablations aside: their notebooks become pages."""
     first: dict[tuple[str, int], Job] = {}
     for job in jobs:
+        if job.run.ablation:
+            continue
         first.setdefault((job.run.variant, job.run.labelled), job)
     return list(first.values())
 
@@ -320,10 +372,13 @@ def page(folder: Path, job: Job, notebook: str) -> Path:
 
 def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None:
     study, folder = place.study, place.results
+    everything, found = found, found.compared()
     comparison = tables.comparison(found.metrics, found.runs, [f.model_dump() for f in study.paper])
-    done = f"{len(found)} of {len(place.jobs)} runs are finished. " if len(found) < len(place.jobs) else ""
-    if dirty := found.runs["commit"].astype(str).str.endswith(CHANGED).sum():
+    runs = len({job.key for job in place.jobs})
+    done = f"{len(everything)} of {runs} runs are finished. " if len(everything) < runs else ""
+    if dirty := everything.runs["commit"].astype(str).str.endswith(CHANGED).sum():
         done += f"**{dirty} runs were made with uncommitted changes** to the code; the list of runs below marks them. "
+    sure = statistics.summary(found.metrics, found.runs)
     sections = [
         Section(
             "Comparison",
@@ -331,15 +386,26 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             table=tables.formatted(comparison, study.distances),
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
+        Section(
+            "How sure is that",
+            f"{SURE} {statistics.limits(sure)}",
+            statistics.formatted(sure),
+            figures=_pictures(folder, "differences"),
+        ),
         Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
+        *_ablation_section(place),
+        *_reliability_section(place, everything),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
         Section("Cost of a training step", COST, cost_table(place, found)),
         Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
         Section(
             "Notebooks",
             "Every figure above comes from these, executed as they are; code unfolds with a click.",
-            _run_table(place, found),
-            links=[Link("Data", "01-data.html"), Link("Comparison", "04-compare.html")],
+            _run_table(place, everything),
+            links=[
+                Link("Data", "01-data.html"),
+                *(Link(REPORT_PAGES[name], f"{name}.html") for name in report_notebooks(place, everything)),
+            ],
         ),
     ]
     write_index(
@@ -352,9 +418,34 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     )
 
 
+def _ablation_section(place: Workplace) -> list[Section]:
+    if not (place.study.ablations or place.study.ablations_of):
+        return []
+    shown = ablations.shown(place)
+    names = [f"ablation-{ablation.name}" for ablation in shown.ablations]
+    text = f"{shown.said} {ABLATIONS}" if names else shown.said
+    return [Section("Ablations", text, figures=_pictures(place.results, *names))]
+
+
+def _reliability_section(place: Workplace, found: Results) -> list[Section]:
+    if not len(found.audit):
+        return []
+    subject = audit_report.subject(found)
+    pictures = _pictures(place.results, *(name for name in CAPTIONS if name.startswith("reliability-")))
+    return [
+        Section(
+            "Reliability of the pseudo-labels",
+            audit_report.answers(subject),
+            audit_report.predictor_table(subject),
+            RELIABILITY,
+            figures=pictures,
+        )
+    ]
+
+
 def _pictures(folder: Path, *names: str) -> list[Picture]:
     paths = [folder / "figures" / f"{name}.svg" for name in names]
-    return [Picture(path, CAPTIONS[path.stem], path.stem.replace("-", " ")) for path in paths if path.exists()]
+    return [Picture(path, CAPTIONS.get(path.stem, ""), path.stem.replace("-", " ")) for path in paths if path.exists()]
 
 
 def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
@@ -385,10 +476,11 @@ def write_overview(results: Path) -> None:
     """`results/index.html`: the studies that have a page."""
     entries = []
     for index in sorted(results.glob("*/index.html")):
-        facts, runs = read_json(index.parent / "provenance.json"), Results.load(index.parent).runs
+        facts, everything = read_json(index.parent / "provenance.json"), Results.load(index.parent)
+        runs = everything.compared().runs
         methods = ", ".join(dict.fromkeys(runs["title"]))
         counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-        text = f"{methods}; {counts} labelled cases; {len(runs)} runs"
+        text = f"{methods}; {counts} labelled cases; {len(everything)} runs"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)
@@ -412,6 +504,7 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     Returns:
         The views, and one sentence that says how the cases were chosen.
     """
+    found = found.compared()
     shown_runs = set(found.runs["run"])
     at_hand = [job for job in place.jobs if job.run.name in shown_runs and _predictions(place, job).exists()]
     local = representative(at_hand)

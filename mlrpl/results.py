@@ -4,19 +4,25 @@ metrics.csv  a row a study, method, variant, labelled, seed, selection, output, 
 runs.csv     a row a run: key, seconds, memory, commit and where its rows come from
 curves.csv   the log of each run, thinned
 checks.csv   the published protocol's Dice at each check
+audit.csv    what audited runs counted (`mlrpl.audit`), pooled over stretches of the run
+ablations.csv  which run stands for which variant of which ablation at which seed, and the paper's figure for it
+
+A file without rows is not written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from mlrpl.config import Ablation
 from mlrpl.files import atomic
 from mlrpl.study import Job
 
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit
+AUDIT_POINTS = 8  # stretches
 IDENTITY = ("study", "method", "variant", "labelled", "seed")
 
 
@@ -28,13 +34,18 @@ class Results:
     runs: pd.DataFrame
     curves: pd.DataFrame
     checks: pd.DataFrame
+    audit: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ablations: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __len__(self) -> int:
         return len(self.runs)
 
     def save(self, folder: Path) -> None:
-        """Write the four files."""
+        """Write the files."""
         for name, frame in vars(self).items():
+            if frame.empty:
+                (folder / f"{name}.csv").unlink(missing_ok=True)
+                continue
             with atomic(folder / f"{name}.csv") as partial:
                 frame.to_csv(partial, index=False, float_format="%.6g")
 
@@ -47,29 +58,78 @@ class Results:
             frames[name] = pd.read_csv(path, dtype={"key": str, "commit": str}) if path.exists() else pd.DataFrame()
         return cls(**frames)
 
+    def compared(self) -> "Results":
+        """Without the runs that only ablations ask for: what the study's methods are compared by."""
+        if "ablation" not in self.runs:  # results from before there were ablations
+            return self
+        return self.only(self.runs[self.runs["ablation"].fillna("") == ""])
+
+    def only(self, runs: pd.DataFrame) -> "Results":
+        """The rows of these runs alone."""
+        mine = pd.MultiIndex.from_frame(runs[list(IDENTITY)])
+        metrics = self.metrics
+        if len(metrics):
+            metrics = metrics[pd.MultiIndex.from_frame(metrics[list(IDENTITY)]).isin(mine)]
+        named = {
+            name: frame[frame["run"].isin(runs["run"])] if len(frame) else frame
+            for name, frame in vars(self).items()
+            if name not in ("metrics", "runs")
+        }
+        return Results(metrics, runs, **named)
+
     def keys(self) -> set[str]:
         """Keys of the runs in it."""
         return set(self.runs["key"]) if len(self.runs) else set()
 
 
-def collect(jobs: Sequence[Job], committed: Results) -> Results:
-    """All finished runs of a study, in its order.
+def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablation] = ()) -> Results:
+    """All finished runs of a study, in its order; of runs that coincide the first.
 
     Args:
         jobs: the study's runs.
         committed: results from an earlier sitting. Runs that are not finished here but whose key is there keep those
             rows, marked as adopted.
+        ablations: the study's.
     """
     keys = committed.keys()
-    parts: list[Results] = []
+    parts: dict[str, Results] = {}  # by key: runs that coincide have one row, the first one's
     for job in jobs:
+        if job.key in parts:
+            continue
         if job.finished("train") and job.finished("evaluate"):
-            parts.append(run_frames(job))
+            parts[job.key] = run_frames(job)
         elif job.key in keys:
-            parts.append(_adopted(job, committed))
+            parts[job.key] = _adopted(job, committed)
     if not parts:
         return Results(*(pd.DataFrame() for _ in range(4)))
-    return Results(*(pd.concat([vars(p)[name] for p in parts], ignore_index=True) for name in Results.__annotations__))
+    frames = (
+        pd.concat([frame for part in parts.values() if len(frame := vars(part)[name])] or [pd.DataFrame()])
+        for name in Results.__annotations__
+    )
+    found = Results(*(frame.reset_index(drop=True) for frame in frames))
+    names = {key: part.runs["run"].item() for key, part in parts.items()}
+    return replace(found, ablations=_ablations(ablations, jobs, names))
+
+
+def _ablations(ablations: Sequence[Ablation], jobs: Sequence[Job], names: dict[str, str]) -> pd.DataFrame:
+    """A row a finished run of an ablation, in the study's order."""
+    rows = []
+    for ablation in ablations:
+        for entry, variant in zip(ablation.entries(), ablation.variants, strict=True):
+            for job in jobs:
+                if job.run.variant == entry.variant and job.key in names:
+                    rows.append(
+                        {
+                            "ablation": ablation.name,
+                            "variant": variant.title,
+                            "reference": not variant.settings and not variant.options,
+                            "labelled": job.run.labelled,
+                            "seed": job.run.seed,
+                            "run": names[job.key],
+                            "paper": "" if variant.paper is None else str(variant.paper),
+                        }
+                    )
+    return pd.DataFrame(rows)
 
 
 def run_frames(job: Job) -> Results:
@@ -84,9 +144,11 @@ def run_frames(job: Job) -> Results:
         "key": job.key,
         "iterations": run.settings.iterations,
         **{name: facts["train"][name] for name in ("precision", "device", "threads", "parameters", "seconds")},
+        "seconds_audit": facts["train"].get("audit_seconds"),
         "seconds_evaluate": facts["evaluate"]["seconds"] if evaluated else None,
         "peak_memory_mb": facts["train"]["peak_memory_mb"],
         "commit": facts["train"]["commit"],
+        "ablation": run.ablation,
         "adopted": False,
     }
     log = pd.read_csv(job.folder / "log.csv").drop(columns="learning_rate")
@@ -97,7 +159,31 @@ def run_frames(job: Job) -> Results:
         pd.DataFrame([row]),
         curves.assign(run=run.name),
         pd.read_csv(job.folder / "checks.csv").assign(run=run.name),
+        pooled_audit(job.folder / "audit.csv", run.settings.iterations).assign(run=run.name),
     )
+
+
+def pooled_audit(path: Path, iterations: int) -> pd.DataFrame:
+    """An audit's rows over `AUDIT_POINTS` equal stretches of a run.
+
+    Counts are summed, weights averaged over their voxels, AUROCs over the audits.
+
+    Args:
+        path: a run's audit.csv; where there is none, the frame is empty.
+        iterations: the run's.
+    """
+    if not path.exists():
+        return pd.DataFrame()
+    rows = pd.read_csv(path)
+    length = -(-iterations // AUDIT_POINTS)
+    rows["iteration"] = (-(-rows["iteration"] // length) * length).clip(upper=iterations)
+    rows["weight"] *= rows["voxels"]
+    key = ["iteration", "scope", "class", "distance", "score", "bin"]
+    pooled = rows.groupby(key, sort=False).agg(
+        {"voxels": "sum", "correct": "sum", "weight": lambda w: w.sum(min_count=1), "auroc": "mean"}
+    )
+    pooled["weight"] /= pooled["voxels"]
+    return pooled.reset_index()
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -115,7 +201,10 @@ def _adopted(job: Job, committed: Results) -> Results:
         mine &= metrics["fold"] == job.run.fold
     return Results(
         metrics[mine].assign(**_identity(job)),
-        row.assign(run=job.run.name, title=job.run.title, adopted=True, **_identity(job)),
+        row.assign(run=job.run.name, title=job.run.title, adopted=True, ablation=job.run.ablation, **_identity(job)),
         committed.curves[committed.curves["run"] == name].assign(run=job.run.name),
         committed.checks[committed.checks["run"] == name].assign(run=job.run.name),
+        committed.audit[committed.audit["run"] == name].assign(run=job.run.name)
+        if len(committed.audit)
+        else committed.audit,
     )

@@ -151,7 +151,11 @@ class Workplace:
         for run in self.study.runs():
             method = find_method(run.method)
             if (network := repr((run.method, run.options, run.settings))) not in built:
-                build(run, self.store.channels, len(self.store.classes))
+                decoders = build(run, self.store.channels, len(self.store.classes)).network.decoders
+                if run.audit_every and len(decoders) < 2:
+                    raise StudyError(
+                        f"study {self.study.name}: {run.variant} has one decoder, so there is nothing to audit"
+                    )
                 built.add(network)
             data = self.data_of(run)
             split_training(run, data, method.uses_unlabelled)

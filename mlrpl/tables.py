@@ -5,6 +5,7 @@ dice, jaccard, hd95, asd`` (fractions; voxels or mm). ``runs`` has a row a run: 
 labelled, seed, …``. Titles are printed in the order in which ``runs`` brings them.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -233,6 +234,26 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join([line(header), line(rule), *map(line, body)]) + "\n"
 
 
+# What LaTeX does not know as a letter of its own.
+LATEX = {
+    "—": "--", "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "<": "$<$",
+    ">": "$>$", "…": r"\dots{}", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "τ": r"$\tau$", "→": r"$\to$",
+}  # fmt: skip
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """A booktabs tabular, numbers to the right; what is special to LaTeX is escaped."""
+    columns = {name: [_number(v) if isinstance(v, float) else str(v) for v in values] for name, values in table.items()}
+    text = pd.DataFrame({_latex(str(name)): list(map(_latex, cells)) for name, cells in columns.items()})
+    right = [all(cell[:1].isdigit() or cell[:1] in "-−—<" for cell in cells) for cells in columns.values()]
+    return text.style.hide(axis="index").to_latex(hrules=True, column_format="".join("r" if r else "l" for r in right))
+
+
+def _latex(text: str) -> str:
+    escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    return "".join(LATEX.get(letter, letter) for letter in escaped)
+
+
 def every_case(metrics: pd.DataFrame) -> pd.DataFrame:
     """One run's test cases as text: final weights, decoder 1."""
     rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
@@ -289,9 +310,10 @@ def show(table: pd.DataFrame) -> Styler:
 
 
 def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
-    """Write `<name>.csv` and `<name>.md`."""
+    """Write `<name>.csv`, `<name>.md` and `<name>.tex`."""
     folder = Path(folder)
-    for ending, text in ((".csv", table.to_csv(index=False)), (".md", to_markdown(table) + "\n")):
+    texts = {".csv": table.to_csv(index=False), ".md": to_markdown(table) + "\n", ".tex": to_latex(table)}
+    for ending, text in texts.items():
         with atomic(folder / f"{name}{ending}") as partial:
             partial.write_text(text, encoding="utf-8")
 

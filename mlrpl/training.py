@@ -5,7 +5,7 @@ for each iteration. A run that is killed anywhere and started again therefore en
 one, bit for bit on a CPU.
 
 A run's folder: checkpoint.pt (to resume from), log.csv (a row an iteration), checks.csv (the published protocol's),
-last.pt and published.pt (weights), progress.json (for whoever watches).
+audit.csv (where the study asks for an audit), last.pt and published.pt (weights), progress.json (for whoever watches).
 """
 
 import csv
@@ -15,8 +15,8 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlrpl import audit
 from mlrpl.config import Run
 from mlrpl.data import Batch, Batches, Store
 from mlrpl.errors import StoppedError, StudyError
@@ -201,15 +202,22 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
 
 
 def make_batches(run: Run, store: Store, method: Method) -> Batches:
-    """The run's batches, its cases read into memory."""
+    """The run's batches, its cases read into memory; hidden labels stay out, so that no loss can ever see one."""
     cases, settings = [case for ids in split_training(run, store, method.uses_unlabelled) for case in ids], run.settings
     advice = "lower the study's batch or patch, or use fewer cases"
     require(store.size(cases) + 8 * sum(settings.batch) * math.prod(settings.patch), f"run {run.name}", advice)
     labelled, unlabelled = (
         [store.load(case) for case in ids] for ids in split_training(run, store, method.uses_unlabelled)
     )
+    unlabelled = [replace(case, label=None) for case in unlabelled]
     sizes = settings.batch if method.uses_unlabelled else (sum(settings.batch), 0)
     return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, sizes)
+
+
+def hidden_labels(run: Run, store: Store) -> dict[str, np.ndarray]:
+    """Labels of the unlabelled training cases that have one, by case id: for the audit alone."""
+    cases = map(store.load, split_training(run, store, uses_unlabelled=True)[1])
+    return {case.id: case.label for case in cases if case.label is not None}
 
 
 def make_method(run: Run, store: Store, device: torch.device) -> Method:
@@ -252,7 +260,7 @@ class Trainer:
         )
         self.iteration = 0
         self.best = -1.0
-        self.seconds = 0.0
+        self.seconds = self.audit_seconds = 0.0
         self.peak_memory_mb = 0
         self.best_at = 0
         self.began_with = {**environment(), "device": device_name(device)}
@@ -263,6 +271,14 @@ class Trainer:
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
         self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)
         self.check_log = Log(folder / "checks.csv", CHECK_COLUMNS, self.iteration, board)
+        self.logs = [self.log, self.check_log]
+        self.audit = self._make_audit() if run.audit_every else None
+
+    def _make_audit(self) -> audit.Audit:
+        log = Log(self.folder / "audit.csv", audit.COLUMNS, self.iteration)
+        self.logs.append(log)
+        labels = hidden_labels(self.run, self.store)
+        return audit.Audit(self.run.audit_every, self.batches, labels, self.store.classes, log.add, self.audit_seconds)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -295,6 +311,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
         self.best_at = state.get("best_at", 0)
+        self.audit_seconds = state.get("audit_seconds", 0.0)
         self.peak_memory_mb, now = state["peak_memory_mb"], self.began_with
         self.began_with, self.continued_with = state["began_with"], list(state.get("continued_with", []))
         before = self.began_with | (self.continued_with[-1] if self.continued_with else {})
@@ -312,7 +329,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=self.precision.dtype, enabled=self.precision.reduced):
+        auditing = self.audit.observing(self.method.network, iteration) if self.audit else nullcontext()
+        with torch.autocast(self.device.type, dtype=self.precision.dtype, enabled=self.precision.reduced), auditing:
             terms = self.method.loss(batch, step)
         self.scaler.scale(terms["total"]).backward()
         self.scaler.step(self.optimizer)
@@ -335,8 +353,8 @@ class Trainer:
         """
         if not all(torch.isfinite(p).all() for p in self.method.parameters()):
             raise self._diverged("a weight is not finite")
-        self.log.flush()
-        self.check_log.flush()
+        for log in self.logs:
+            log.flush()
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.device))
         save(
             self.folder / "checkpoint.pt",
@@ -348,6 +366,7 @@ class Trainer:
                 "best": self.best,
                 "best_at": self.best_at,
                 "seconds": self.seconds,
+                "audit_seconds": self.audit.seconds if self.audit else 0.0,
                 "peak_memory_mb": self.peak_memory_mb,
                 "began_with": self.began_with,
                 "continued_with": self.continued_with,
@@ -416,6 +435,7 @@ class Trainer:
             "precision_reason": self.precision.reason,
             "parameters": count_parameters(self.method),
             "seconds": round(self.seconds, 1),
+            **({"audit_seconds": round(self.audit.seconds, 2)} if self.audit else {}),
             "peak_memory_mb": self.peak_memory_mb,
             **self.began_with,
             **({"continued_with": self.continued_with} if self.continued_with else {}),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import websocket
@@ -14,8 +15,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND"),
-    *("--remote-debugging-port=0", "about:blank"),
+    *("--disable-sync", "--proxy-server=127.0.0.1:9", "--remote-debugging-port=0"),
+)
+CUT_OFF = ("--host-resolver-rules=MAP * ~NOTFOUND",)
+# WebGL 2 by software, and servers of this machine but no others
+WEBGL = (
+    *("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--proxy-bypass-list=127.0.0.1"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
 
@@ -27,9 +33,12 @@ def find() -> str | None:
 class Browser:
     """One page of one browser; ``problems`` collects console errors, exceptions and every request to a network."""
 
-    def __init__(self, program: str, profile: Path) -> None:
+    def __init__(self, program: str, profile: Path, flags: Sequence[str] = CUT_OFF) -> None:
+        kept = [flag for flag in FLAGS if flags is CUT_OFF or flag != "--disable-gpu"]
         self.process = subprocess.Popen(
-            [program, f"--user-data-dir={profile}", *FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program, f"--user-data-dir={profile}", *kept, *flags, "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             self.socket = self._connect(profile / "DevToolsActivePort")
@@ -86,12 +95,24 @@ class Browser:
 
     def open(self, page: Path, width: int = 1200, height: int = 900, mobile: bool = False) -> None:
         """Load a file at a window width in CSS pixels."""
+        self.visit(page.resolve().as_uri(), width, height, mobile)
+
+    def visit(self, address: str, width: int = 1200, height: int = 900, mobile: bool = False) -> None:
+        """Load a page by its address."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.problems.clear()
         self.loaded = False
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        self.send("Page.navigate", url=address)
         while not self.loaded:
             self._receive()
+
+    def wait(self, expression: str, patience: float = 240) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + patience
+        while not self.evaluate(f"Boolean({expression})"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"still not true: {expression}; {self.problems[-3:]}")
+            time.sleep(0.5)
 
     def evaluate(self, expression: str) -> object:
         """The value of a JavaScript expression in the page."""
@@ -112,9 +133,13 @@ class Browser:
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         self.evaluate("new Promise(requestAnimationFrame)")  # what follows a click (a toggle event) has happened
 
-    def screenshot(self, destination: Path) -> None:
-        """The whole page as a PNG."""
-        picture = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+    def screenshot(self, destination: Path, part: tuple[float, float, float, float] | None = None) -> None:
+        """The whole page as a PNG, or of what is seen of it (x, y, width, height)."""
+        if part is None:
+            what = {"captureBeyondViewport": True}
+        else:
+            what = {"clip": {**dict(zip(("x", "y", "width", "height"), part, strict=True)), "scale": 1}}
+        picture = self.send("Page.captureScreenshot", format="png", **what)["data"]
         destination.write_bytes(base64.b64decode(picture))
 
     def close(self) -> None:

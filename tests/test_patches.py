@@ -1,4 +1,5 @@
 """Batches are pure functions of (seed, iteration), keep image and label aligned, never read unlabelled labels."""
+
 from collections import Counter
 
 import numpy as np
@@ -13,9 +14,16 @@ from mlrpl.errors import StudyError
 def make_cases(count, size=(12, 10, 8), first=0, channels=1):
     """Cases whose image holds case number and voxel number, and whose label is the voxel number modulo 7."""
     voxel = np.arange(np.prod(size)).reshape(size)
-    return [Case(f"case-{n}", "train", np.stack([voxel + 10_000 * (n + 1) + 0.25 * c for c in range(channels)])
-                 .astype(np.float32), (voxel % 7).astype(np.uint8), (1.0, 1.0, 1.0))
-            for n in range(first, first + count)]
+    return [
+        Case(
+            f"case-{n}",
+            "train",
+            np.stack([voxel + 10_000 * (n + 1) + 0.25 * c for c in range(channels)]).astype(np.float32),
+            (voxel % 7).astype(np.uint8),
+            (1.0, 1.0, 1.0),
+        )
+        for n in range(first, first + count)
+    ]
 
 
 def numbers(batch):
@@ -58,7 +66,7 @@ def test_each_epoch_visits_each_case_once_in_a_new_order(sizes):
         stream = [number for batch in seen for number in batch[part]]
         if not stream:
             continue
-        epochs = [tuple(stream[i:i + cases]) for i in range(0, len(stream) - cases + 1, cases)]
+        epochs = [tuple(stream[i : i + cases]) for i in range(0, len(stream) - cases + 1, cases)]
         assert all(len(set(epoch)) == cases for epoch in epochs)
         assert len(set(epochs)) > len(epochs) // 4
 
@@ -82,12 +90,14 @@ def test_unlabelled_labels_are_never_read():
 
     labelled, unlabelled = make_cases(3), make_cases(5, first=3)
     random = np.random.default_rng(0)
-    garbage = [Case(c.id, c.split, c.image, random.integers(0, 255, c.label.shape, np.uint8), c.spacing)
-               for c in unlabelled]
+    garbage = [
+        Case(c.id, c.split, c.image, random.integers(0, 255, c.label.shape, np.uint8), c.spacing) for c in unlabelled
+    ]
     poisoned = [Case(c.id, c.split, c.image, Poison(), c.spacing) for c in unlabelled]
     without = [Case(c.id, c.split, c.image, None, c.spacing) for c in unlabelled]
-    batches = [Batches(labelled, cases, (6, 4, 5), ["rot90", "flip"], 1)
-               for cases in (unlabelled, garbage, poisoned, without)]
+    batches = [
+        Batches(labelled, cases, (6, 4, 5), ["rot90", "flip"], 1) for cases in (unlabelled, garbage, poisoned, without)
+    ]
     for k in range(1, 10):
         expected, *others = [make(k) for make in batches]
         assert all(torch.equal(expected.image, other.image) for other in others)
@@ -99,13 +109,16 @@ def orientation(patch):
     return tuple(int(patch[step] - patch[0, 0, 0]) for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 
 
-@pytest.mark.parametrize(("augmentation", "turns", "flips"), [
-    ([], [0], [None]),
-    (["rot90"], [0, 1, 2, 3], [None]),
-    (["flip"], [0], [0, 1]),  # always one flip, of x or of y
-    (["mirror"], [0], [None, 0]),
-    (["rot90", "flip"], [0, 1, 2, 3], [0, 1]),
-])
+@pytest.mark.parametrize(
+    ("augmentation", "turns", "flips"),
+    [
+        ([], [0], [None]),
+        (["rot90"], [0, 1, 2, 3], [None]),
+        (["flip"], [0], [0, 1]),  # always one flip, of x or of y
+        (["mirror"], [0], [None, 0]),
+        (["rot90", "flip"], [0, 1, 2, 3], [0, 1]),
+    ],
+)
 def test_distribution_of_augmentation(augmentation, turns, flips):
     x, y, z = np.indices((6, 5, 4))
     ramp = (100 * x + 10 * y + z).astype(np.float32)
@@ -113,8 +126,11 @@ def test_distribution_of_augmentation(augmentation, turns, flips):
     batches = Batches([case], [], (3, 3, 3), augmentation, 0, (4, 0))
     draws = 800
     found = Counter(orientation(patch[0].numpy()) for k in range(1, draws // 4 + 1) for patch in batches(k).image)
-    possible = [np.rot90(ramp, turn) if flip is None else np.flip(np.rot90(ramp, turn), flip)
-                for turn in turns for flip in flips]
+    possible = [
+        np.rot90(ramp, turn) if flip is None else np.flip(np.rot90(ramp, turn), flip)
+        for turn in turns
+        for flip in flips
+    ]
     expected = {key: share * draws / len(possible) for key, share in Counter(map(orientation, possible)).items()}
     assert found.keys() == expected.keys()
     assert all(abs(found[key] - expected[key]) < 4 * np.sqrt(expected[key]) for key in expected)
@@ -127,13 +143,16 @@ def test_crops_reach_every_place():
     assert starts == {(x, y, z) for x in range(3) for y in range(2) for z in range(2)}
 
 
-@pytest.mark.parametrize(("size", "patch", "margin"), [
-    ((12, 10, 8), (6, 4, 5), (0, 0, 0)),
-    ((12, 10, 8), (6, 9, 8), (0, 2, 3)),  # one axis equal to the patch: every axis gets what the rule gives
-    ((12, 10, 8), (6, 4, 9), (0, 0, 3)),
-    ((100, 100, 60), (112, 112, 80), (9, 9, 13)),
-    ((121, 89, 80), (112, 112, 80), (0, 14, 3)),
-])
+@pytest.mark.parametrize(
+    ("size", "patch", "margin"),
+    [
+        ((12, 10, 8), (6, 4, 5), (0, 0, 0)),
+        ((12, 10, 8), (6, 9, 8), (0, 2, 3)),  # one axis equal to the patch: every axis gets what the rule gives
+        ((12, 10, 8), (6, 4, 9), (0, 0, 3)),
+        ((100, 100, 60), (112, 112, 80), (9, 9, 13)),
+        ((121, 89, 80), (112, 112, 80), (0, 14, 3)),
+    ],
+)
 def test_padding_rule(size, patch, margin):
     assert crop_margin(size, patch) == margin
 
@@ -148,13 +167,24 @@ def test_a_patch_larger_than_the_volume_is_padded_with_zeros():
     assert seen <= windows
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (([], make_cases(2), (4, 4, 4), [], 0), "labelled"),
-    ((make_cases(2), [], (4, 4, 4), [], 0), "unlabelled"),
-    ((make_cases(2), make_cases(2), (4, 4, 4), ["twist"], 0), "twist"),
-    (([Case("bare", "train", np.zeros((1, 4, 4, 4), np.float32), None, (1.0,) * 3)], make_cases(2), (4, 4, 4), [], 0),
-     "bare"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (([], make_cases(2), (4, 4, 4), [], 0), "labelled"),
+        ((make_cases(2), [], (4, 4, 4), [], 0), "unlabelled"),
+        ((make_cases(2), make_cases(2), (4, 4, 4), ["twist"], 0), "twist"),
+        (
+            (
+                [Case("bare", "train", np.zeros((1, 4, 4, 4), np.float32), None, (1.0,) * 3)],
+                make_cases(2),
+                (4, 4, 4),
+                [],
+                0,
+            ),
+            "bare",
+        ),
+    ],
+)
 def test_wrong_input_is_named(arguments, named):
     with pytest.raises(StudyError, match=named) as error:
         Batches(*arguments)

@@ -1,4 +1,5 @@
 """The embedded phantom: drawn by seed, plausible, and not too easy."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,8 +64,10 @@ def test_intensity_alone_cannot_find_the_atrium(cases):
     """The best threshold, chosen with the reference, is far from a segmentation; yet the atrium stands out somewhat."""
     for raw in cases:
         atrium, image = raw.label == 1, raw.image[0]
-        dice = [2 * (atrium & mask).sum() / (atrium.sum() + mask.sum())
-                for mask in (image > level for level in np.linspace(-1, 3, 41))]
+        dice = [
+            2 * (atrium & mask).sum() / (atrium.sum() + mask.sum())
+            for mask in (image > level for level in np.linspace(-1, 3, 41))
+        ]
         assert max(dice) < 0.75
         assert image[atrium].mean() > image[~atrium].mean() + 0.5
 
@@ -77,8 +80,10 @@ def test_sizes_are_an_option(tmp_path):
     assert (store.classes, store.channels, store.real_spacing) == (("background", "atrium"), 1, False)
 
 
-@pytest.mark.parametrize(("options", "named"), [({"cases": 3}, "cases"), ({"train": 0}, "train"),
-                                                ({"size": [64, 64]}, "size"), ({"size": [64, 64, -1]}, "size")])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"cases": 3}, "cases"), ({"train": 0}, "train"), ({"size": [64, 64]}, "size"), ({"size": [64, 64, -1]}, "size")],
+)
 def test_wrong_options_are_named(options, named, tmp_path):
     dataset = SimpleNamespace(name="x", source="phantom", options=options, step=1)
     with pytest.raises(StudyError, match=named) as error:

@@ -44,6 +44,8 @@ TINY = {
         "patch": [16, 16, 16], "stride": [8, 8, 16], "filters": 2, "iterations": 6, "ramp_iterations": 150,
         "check_from": 2, "check_every": 2,
     },
+    "audit": {"every": 2},
+    "ablations_of": "phantom-full",
     "runs": [
         {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1},
         {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
@@ -81,13 +83,15 @@ TENTH = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").sp
 ENTROPY = re.search(r"```python\n(.*?)```", TENTH, re.DOTALL)[1]
 (ENTROPY_RUN,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TENTH, re.DOTALL)[1])
 OWN = {
-    **TINY, "name": "own", "title": "Own methods", "settings": {**TINY["settings"], "iterations": 30},
+    **TINY, "name": "own", "title": "Own methods", "audit": None, "ablations_of": None,
+    "settings": {**TINY["settings"], "iterations": 30},
     "runs": [
         {"variant": "broken", "method": "own_methods:Broken", "title": "Broken", "labelled": 1},
         {"variant": "own", "method": "own_methods:Own", "title": "Own", "labelled": 1, "options": {"sharpness": 1.5}},
         {**ENTROPY_RUN, "labelled": 1},
     ],
 }  # fmt: skip
+REPORTS = ("04-compare", "05-ablate", "06-reliability", "07-explore")
 
 
 def write(folder: Path, study: dict[str, Any]) -> str:
@@ -192,14 +196,20 @@ def test_the_command_says_where_the_report_is_and_prints_the_table(tiny):
 
 def test_the_results_folder_holds_rows_tables_figures_and_pages(tiny):
     made = set(files(tiny.folder / "results"))
-    assert {f"tiny/{name}.csv" for name in ("metrics", "runs", "curves", "checks")} <= made
-    assert {"tiny/tables/comparison.csv", "tiny/tables/comparison.md", "tiny/tables/optimism.csv"} <= made
+    assert {f"tiny/{name}.csv" for name in ("metrics", "runs", "curves", "checks", "audit")} <= made
+    tables = ("comparison", "optimism", "statistics", "reliability-which", "reliability-how")
+    assert {f"tiny/tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex")} <= made
     figures = ("montage", "intensities", "volumes", "distributions", "learning-curves", "checks", "contours")
+    figures += ("differences", "reliability-which", "reliability-how", "reliability-diagram", "overlays")
     assert {f"tiny/figures/{name}.png" for name in figures} <= made
-    pages = {"index", "01-data", "04-compare", *(f"runs/{run}-1-s0-{stage}" for run in ("vnet", "mlrpl")
+    pages = {"index", "01-data", *REPORTS, *(f"runs/{run}-1-s0-{stage}" for run in ("vnet", "mlrpl")
                                                  for stage in ("train", "evaluate"))}  # fmt: skip
     assert {f"tiny/{page}.html" for page in pages} | {"index.html"} == {name for name in made if name.endswith("html")}
     assert {"tiny/provenance.json"} <= made
+    index = (tiny.folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    assert "No ablations of the study phantom-full are committed yet" in index
+    assert "Which pseudo-labels are reliable?" in index
+    assert "test cases are too few for a test" in index
     assert [name for name in made if "/." in name or name.endswith((".ipynb", ".pt", ".npz"))] == []
 
 
@@ -314,7 +324,10 @@ def test_a_changed_setting_runs_what_it_affects_and_nothing_else(tiny, tmp_path)
     touched = {name for name in after if after[name] != before.get(name)}
     new = {name.split("/")[1] for name in touched if name.count("/") > 1}
     assert len(new) == 1 and new.pop().startswith("mlrpl-1-s0-")
-    assert {name for name in touched if name.count("/") == 1} <= {"tiny/04-compare.ipynb", "tiny/report.json"}
+    assert {name for name in touched if name.count("/") == 1} <= {
+        *(f"tiny/{name}.ipynb" for name in REPORTS),
+        "tiny/report.json",
+    }
     assert before.keys() <= after.keys()  # the old run stays, should the setting be changed back
     old, now = (Results.load(at / "results/tiny").runs.set_index("variant")["key"] for at in (tiny.folder, folder))
     assert old["vnet"] == now["vnet"]
@@ -330,7 +343,10 @@ def test_a_changed_title_runs_nothing_but_renews_the_report(tiny, tmp_path):
     assert "nothing to do" not in said
     assert "Another headline" in (folder / "results/tiny/index.html").read_text(encoding="utf-8")
     after = files(folder / "runs")
-    assert {n for n in after if after[n] != before.get(n)} == {"tiny/04-compare.ipynb", "tiny/report.json"}
+    assert {n for n in after if after[n] != before.get(n)} == {
+        *(f"tiny/{name}.ipynb" for name in REPORTS),
+        "tiny/report.json",
+    }
     assert (folder / "results/tiny/metrics.csv").read_bytes() == (tiny.folder / "results/tiny/metrics.csv").read_bytes()
 
 

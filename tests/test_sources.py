@@ -1,4 +1,5 @@
 """Datasets as people hold them: accepted as they are, and whatever is wrong is named in one line."""
+
 import json
 import shutil
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ def refused(source, root, tmp_path, *named, **options):
 
 
 # --- left atrium
+
 
 @pytest.fixture
 def la(tmp_path):
@@ -214,8 +216,13 @@ def write_nifti(path, array, spacing=SPACING, origin=ORIGIN, direction=DIRECTION
 
 def write_description(root, **changes):
     root.mkdir(parents=True, exist_ok=True)
-    description = {"name": "Organ", "reference": "somebody", "licence": "CC BY 4.0", "modality": {"0": "MRI"},
-                   "labels": {"0": "background", "1": "front", "2": "back"}} | changes
+    description = {
+        "name": "Organ",
+        "reference": "somebody",
+        "licence": "CC BY 4.0",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "front", "2": "back"},
+    } | changes
     (root / "dataset.json").write_text(json.dumps({key: value for key, value in description.items() if value}))
 
 
@@ -223,8 +230,10 @@ def write_description(root, **changes):
 def decathlon(tmp_path):
     """Six labelled and two unlabelled cases, three classes."""
     root = tmp_path / "Organ"
-    write_description(root, training=[{"image": f"./imagesTr/organ_{n}.nii.gz", "label": f"./labelsTr/organ_{n}.nii.gz"}
-                                      for n in range(6)])
+    write_description(
+        root,
+        training=[{"image": f"./imagesTr/organ_{n}.nii.gz", "label": f"./labelsTr/organ_{n}.nii.gz"} for n in range(6)],
+    )
     for number in range(8):
         write_nifti(root / f"imagesTr/organ_{number}.nii.gz", volume(number))
         if number < 6:
@@ -291,8 +300,13 @@ def test_channels_in_the_fourth_axis_and_in_files_of_their_own(tmp_path):
 
 def test_nnunet_description_and_four_digit_case_names(decathlon, tmp_path):
     expected = prepared("decathlon", decathlon, tmp_path / "a", test=2)
-    write_description(decathlon, modality=None, channel_names={"0": "MRI"}, file_ending=".nii.gz",
-                      labels={"background": 0, "front": 1, "back": 2})
+    write_description(
+        decathlon,
+        modality=None,
+        channel_names={"0": "MRI"},
+        file_ending=".nii.gz",
+        labels={"background": 0, "front": 1, "back": 2},
+    )
     assert prepared("decathlon", decathlon, tmp_path / "b", test=2).fingerprint == expected.fingerprint
     for path in sorted(decathlon.rglob("organ_*")):
         path.rename(path.with_name(path.name.replace("organ_", "organ_000")))
@@ -315,7 +329,7 @@ def test_labelled_imagests_are_the_test_cases_and_others_unlabelled(decathlon, t
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.98])
 def test_truncated_nifti(decathlon, tmp_path, part, keep, capfd):
     path = decathlon / part / "organ_4.nii.gz"
-    path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     refused("decathlon", decathlon, tmp_path, f"{part}/organ_4.nii.gz", test=2)
     assert capfd.readouterr().err == ""
 
@@ -366,21 +380,26 @@ def test_decathlon_constant_image(decathlon, tmp_path):
     refused("decathlon", decathlon, tmp_path, "imagesTr/organ_7.nii.gz", "same value", test=2)
 
 
-@pytest.mark.parametrize(("key", "value"), [("spacing", (0.5, 0.75, 1.0)), ("origin", (10.0, -20.0, 5.5)),
-                                            ("direction", (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("spacing", (0.5, 0.75, 1.0)), ("origin", (10.0, -20.0, 5.5)), ("direction", (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))],
+)
 def test_a_label_that_lies_elsewhere(decathlon, tmp_path, key, value):
     write_nifti(decathlon / "labelsTr/organ_2.nii.gz", mask(2, 3), **{key: value})
     refused("decathlon", decathlon, tmp_path, "labelsTr/organ_2.nii.gz", key, test=2)
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"labels": {"0": "background", "2": "organ"}}, "[0, 2]"),
-    ({"labels": {"background": 0, "organ": [1, 2]}}, "regions"),
-    ({"labels": {"0": "background"}}, "[0]"),
-    ({"labels": None}, "no labels"),
-    ({"modality": None}, "channel_names or modality"),
-    ({"modality": {"0": "T1", "1": "T2"}}, "(1, 9, 8, 7)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"labels": {"0": "background", "2": "organ"}}, "[0, 2]"),
+        ({"labels": {"background": 0, "organ": [1, 2]}}, "regions"),
+        ({"labels": {"0": "background"}}, "[0]"),
+        ({"labels": None}, "no labels"),
+        ({"modality": None}, "channel_names or modality"),
+        ({"modality": {"0": "T1", "1": "T2"}}, "(1, 9, 8, 7)"),
+    ],
+)
 def test_wrong_description(decathlon, tmp_path, changes, named):
     write_description(decathlon, **changes)
     refused("decathlon", decathlon, tmp_path, named, test=2)

@@ -1,4 +1,5 @@
 """The case store: the same bytes from the same input, all or nothing, and damage is named."""
+
 import contextlib
 import json
 import os
@@ -26,8 +27,9 @@ def dataset(step=1, **options):
 
 def content(folder):
     """Bytes of every file of a folder by relative name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def visible(folder):
@@ -45,7 +47,8 @@ def test_layout_and_reading(tmp_path):
     assert done == [(n, 5) for n in range(1, 6)]
     cases = ["train-000", "train-001", "train-002", "test-000", "test-001"]
     assert sorted(content(tmp_path / "store")) == sorted(
-        ["store.json", *(f"cases/{case}/{name}.npy" for case in cases for name in ("image", "label"))])
+        ["store.json", *(f"cases/{case}/{name}.npy" for case in cases for name in ("image", "label"))]
+    )
     assert store.ids("train") + store.ids("test") == cases
     assert store.ids("val") == []
     case = store.load("test-001")
@@ -67,8 +70,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 
 def test_the_fingerprint_names_arrays_and_splits(tmp_path):
-    prints = [prepare(made, None, tmp_path / str(n)).fingerprint for n, made in enumerate(
-        [dataset(), dataset(seed=1), dataset(train=2), dataset(step=2)])]
+    prints = [
+        prepare(made, None, tmp_path / str(n)).fingerprint
+        for n, made in enumerate([dataset(), dataset(seed=1), dataset(train=2), dataset(step=2)])
+    ]
     assert len(set(prints)) == 4
 
 
@@ -118,8 +123,14 @@ prepare(SimpleNamespace(name="small", source="phantom", options=eval(sys.argv[1]
 
 
 def run_python(code, *arguments, **kwargs):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, check=False, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -239,9 +250,16 @@ def damage_short(folder):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize(("damage", "named"), [
-    (damage_json, "store.json"), (damage_index, "store.json"), (damage_format, "format"),
-    (damage_missing, "cases/train-001/label.npy"), (damage_short, "cases/train-001/image.npy")])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (damage_json, "store.json"),
+        (damage_index, "store.json"),
+        (damage_format, "format"),
+        (damage_missing, "cases/train-001/label.npy"),
+        (damage_short, "cases/train-001/image.npy"),
+    ],
+)
 def test_opening_names_what_is_damaged(tmp_path, damage, named):
     folder = prepare(dataset(), None, tmp_path / "store").folder
     damage(folder)

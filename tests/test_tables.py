@@ -8,7 +8,18 @@ import pandas as pd
 import pytest
 
 from mlrpl.errors import StudyError
-from mlrpl.tables import comparison, cost, difference, formatted, optimism, per_case, titled, to_markdown
+from mlrpl.tables import (
+    comparison,
+    cost,
+    difference,
+    formatted,
+    optimism,
+    per_case,
+    save,
+    titled,
+    to_latex,
+    to_markdown,
+)
 
 CASES = ["a", "b", "c"]
 PAPER = [
@@ -226,3 +237,17 @@ def test_cost_is_a_row_a_method_beside_v_net(runs):
     assert set(table["Volumes through decoders"]) == {"8"}
     alone = cost(runs[runs["title"] == "MLRPL"], dict.fromkeys(runs["run"], (4, 8)))
     assert list(alone["Times V-Net's"]) == ["—"]
+
+
+def test_latex_is_escaped_and_set_with_rules():
+    table = pd.DataFrame({"β & more": ["a_b", "τ = 0.5"], "Dice (%)": ["81.25 ± 0.10", "—"], "p": ["<0.001", "0.030"]})
+    assert to_latex(table) == (
+        "\\begin{tabular}{lrr}\n\\toprule\n$\\beta$ \\& more & Dice (\\%) & p \\\\\n\\midrule\n"
+        "a\\_b & 81.25 $\\pm$ 0.10 & $<$0.001 \\\\\n$\\tau$ = 0.5 & -- & 0.030 \\\\\n\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def test_latex_of_the_whole_comparison_has_no_letter_that_latex_lacks(metrics, runs, tmp_path):
+    save(formatted(comparison(metrics, runs, PAPER)), tmp_path, "comparison")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".md", ".tex"]
+    assert (tmp_path / "comparison.tex").read_text(encoding="utf-8").isascii()

@@ -5,7 +5,7 @@ permutation(seed, stream, p // cases)[p % cases], cropped and augmented with the
 A run that is killed and resumed therefore sees the batches that it would have seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,15 +75,39 @@ class Batches:
         image = np.zeros((volumes, channels, *self.patch), np.float32)
         label = np.zeros((self.sizes[LABELLED], *self.patch), np.int64)
         row = 0
-        for stream, size in enumerate(self.sizes):
-            for position in range((iteration - 1) * size, iteration * size):
+        for stream in (LABELLED, UNLABELLED):
+            for position in self._positions(stream, iteration):
                 case = self._case(stream, position)
                 arrays, patches = [case.image], [image[row]]
                 if stream == LABELLED:
                     arrays, patches = [*arrays, case.label], [*patches, label[row]]
-                self._fill(arrays, patches, np.random.default_rng([self.seed, SAMPLE, stream, position]))
+                self._fill(arrays, patches, self._random(stream, position))
                 row += 1
         return Batch(torch.from_numpy(image), torch.from_numpy(label))
+
+    def unlabelled_crops(self, iteration: int, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
+        """What an audit asks for: other arrays of the unlabelled cases, cropped and turned as the batch's images are.
+
+        Args:
+            iteration: counted from 1.
+            arrays: (x, y, z) by case id.
+
+        Returns:
+            (*patch) for each unlabelled volume of the batch, zero outside the volume; None for a case not in `arrays`.
+        """
+        crops: list[np.ndarray | None] = []
+        for position in self._positions(UNLABELLED, iteration):
+            array = arrays.get(self._case(UNLABELLED, position).id)
+            crops.append(None if array is None else np.zeros(self.patch, array.dtype))
+            if array is not None:
+                self._fill([array], [crops[-1]], self._random(UNLABELLED, position))
+        return crops
+
+    def _positions(self, stream: int, iteration: int) -> range:
+        return range((iteration - 1) * self.sizes[stream], iteration * self.sizes[stream])
+
+    def _random(self, stream: int, position: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, SAMPLE, stream, position])
 
     def _case(self, stream: int, position: int) -> Case:
         cases = self.streams[stream]

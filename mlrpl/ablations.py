@@ -1,0 +1,195 @@
+"""Ablations as tables and figures: what each part of MLRPL is worth, beside the paper's figures.
+
+Dice of the final weights, decoder 1, in %. A difference is paired: over the cases, each averaged over the seeds that
+both variants have.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from mlrpl.config import Ablation, load_study
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, styled
+from mlrpl.results import Results
+from mlrpl.statistics import interval
+from mlrpl.study import Workplace
+from mlrpl.tables import chosen, titled
+
+OURS, PAPER = "#D55E00", "#0072B2"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The ablations that a study's report shows, their results, and one line that says where they come from."""
+
+    ablations: tuple[Ablation, ...]
+    found: Results
+    said: str
+
+
+def shown(place: Workplace) -> Shown:
+    """The study's own ablations as far as they are finished, or the committed ones of the study that it names."""
+    study = place.study
+    other = study.ablations_of
+    if study.ablations or not other:
+        found, ablations = Results.load(place.results), study.ablations
+        said = "This study has no ablations." if not ablations else ""
+        none = "No run of this study's ablations is finished yet."
+    else:
+        found, ablations = Results.load(place.results.parent / other), load_study(other).ablations
+        said = f"Precomputed: these are the committed results of the study {other}; {study.name} itself runs none."
+        none = f"No ablations of the study {other} are committed yet: `make reproduce STUDY={other}` runs them."
+    finished = set(found.ablations["ablation"]) if len(found.ablations) else set()
+    kept = tuple(ablation for ablation in ablations if ablation.name in finished)
+    return Shown(kept, found, none if ablations and not kept else said)
+
+
+def table(found: Results, ablation: Ablation) -> pd.DataFrame:
+    """A row a number of labelled cases and variant.
+
+    Returns:
+        ``labelled, variant, reference, dice, low, high, sd, seeds, cases``; ``difference`` to the reference with
+        ``difference_low`` and ``difference_high`` (NaN for the reference itself, or without a seed in common);
+        ``runs``, their names; ``paper``.
+    """
+    runs = found.ablations[found.ablations["ablation"] == ablation.name]
+    rows = chosen(titled(found.metrics, found.runs), "last", "decoder1")
+    dice = rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100  # mean over classes
+    lines = []
+    for (labelled, variant), mine in runs.groupby(["labelled", "variant"], sort=False):
+        reference = runs[(runs["labelled"] == labelled) & runs["reference"]]
+        values = dice[mine["run"]]
+        low, high = interval(values.mean(axis=1))
+        line = {
+            "labelled": labelled,
+            "variant": variant,
+            "reference": mine["reference"].iloc[0],
+            "dice": values.mean(axis=1).mean(),
+            "low": low,
+            "high": high,
+            "sd": values.mean().std(ddof=1),
+            "seeds": len(mine),
+            "cases": len(values),
+        }
+        seeds = set(mine["seed"]) & set(reference["seed"])
+        line |= dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
+        if seeds and not line["reference"]:
+            pair = [dice[side[side["seed"].isin(seeds)]["run"]].mean(axis=1) for side in (mine, reference)]
+            low, high = interval(pair[0] - pair[1])
+            line |= {"difference": (pair[0] - pair[1]).mean(), "difference_low": low, "difference_high": high}
+        paper = mine["paper"].iloc[0]
+        lines.append(line | {"runs": ", ".join(mine["run"]), "paper": "" if pd.isna(paper) else str(paper)})
+    return pd.DataFrame(lines)
+
+
+def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
+    """:func:`table` as text."""
+
+    def ranged(mean: float, low: float, high: float) -> str:
+        return "—" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    view = pd.DataFrame(
+        {
+            ablation.axis: [
+                f"{v} (reference)" if r else v for v, r in zip(rows["variant"], rows["reference"], strict=True)
+            ],
+            "Dice (%) [95 %]": [ranged(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
+            "sd over seeds": rows["sd"].map(lambda sd: "—" if pd.isna(sd) else f"{sd:.2f}"),
+            "Difference [95 %]": [
+                ranged(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
+            ],
+            "Seeds": rows["seeds"].astype(str),
+            "Runs": rows["runs"],
+        }
+    )
+    if rows["labelled"].nunique() > 1:
+        view.insert(0, "Labelled", rows["labelled"].astype(str))
+    heading = f"Paper{f', {ablation.paper_on}' if ablation.paper_on else ''}: Dice (%)"
+    view.insert(len(view.columns) - 1, heading, [_paper_text(text) or "—" for text in rows["paper"]])
+    return view
+
+
+def _say(ax: Axes, place: int, text: str) -> None:
+    """What is known of the paper's figure: the number beside its mark, or words in the middle."""
+    style = {"va": "center", "fontsize": 6.5, "color": "0.35"}
+    number = _paper_number(text)
+    if pd.notna(number):
+        ax.annotate(f"{number:.2f}", (number, place), (6, 0), textcoords="offset points", **style)
+    else:
+        ax.annotate(text or "not known", (0.5, place), xycoords=("axes fraction", "data"), ha="center", **style)
+
+
+def _paper_text(text: str) -> str:
+    number = _paper_number(text)
+    return text if pd.isna(number) else f"{number:.2f}"
+
+
+def _paper_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+@styled
+def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
+    """Our Dice with its interval over cases, and beside it the paper's where it is known."""
+    groups = list(rows.groupby("labelled"))
+    numbers = rows["paper"].map(_paper_number)
+    panels = 2 if numbers.notna().any() else 1
+    size = (WIDTH if panels == 2 else 0.7 * WIDTH, 0.75 + 0.2 * len(groups) + 0.26 * len(rows))
+    canvas = NotebookFigure(figsize=size, layout="constrained")
+    heights = [len(group) for _, group in groups]
+    grid = canvas.subplots(
+        len(groups),
+        panels,
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        height_ratios=heights,
+        width_ratios=[2, 1][:panels],
+    )
+    for axes, (labelled, group) in zip(grid, groups, strict=True):
+        places = np.arange(len(group))
+        mean = group.loc[group["reference"], "dice"]
+        if len(mean):
+            axes[0].axvline(mean.item(), color="0.6", linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+        for place, row in zip(places, group.to_dict("records"), strict=True):
+            axes[0].plot([row["low"], row["high"]], [place, place], color=OURS, linewidth=1.8)
+            fill = OURS if row["reference"] else "white"
+            axes[0].plot(row["dice"], place, "o", markersize=6, color=OURS, markerfacecolor=fill)
+        axes[0].set_yticks(places, group["variant"])
+        axes[0].set_ylim(len(group) - 0.5, -0.6)
+        axes[0].set_title(f"{labelled} labelled", loc="left")
+        if panels == 2:
+            axes[1].plot(numbers[group.index], places, "D", markersize=5.5, color=PAPER)
+            for place, text in zip(places, group["paper"], strict=True):
+                _say(axes[1], place, text)
+            axes[1].set_title(f"Paper: {ablation.paper_on}" if ablation.paper_on else "Paper", loc="left")
+        for ax in axes:
+            ax.tick_params(axis="y", length=0)
+            ax.grid(False, axis="y")
+    for ax in grid[-1]:
+        ax.set_xlabel("Dice (%)")
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        ax.margins(x=0.15)
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=OURS,
+            linewidth=1.8,
+            marker="o",
+            markerfacecolor="white",
+            markersize=6,
+            label="mean, 95 % interval",
+        ),
+        Line2D([], [], color=OURS, linestyle="", marker="o", markersize=6, label="reference"),
+    ]
+    _legend(canvas, handles)
+    return canvas

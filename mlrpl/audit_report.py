@@ -1,0 +1,402 @@
+"""What an audit found, as tables, figures and sentences: `06-reliability` shows them.
+
+``audit`` is the frame of `mlrpl.results.Results`: the rows of `mlrpl.audit`, pooled over stretches of each run. Shares
+are in percent. Numbers are computed run by run, then averaged over the seeds. Tables and sentences are about the later
+half of training, when there is something to choose from; the figures show all of it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
+from mlrpl.errors import StudyError
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, styled
+from mlrpl.results import Results
+
+GROUP = ["scope", "class", "distance", "score"]
+SCOPE_NAMES = {"all": "all voxels", "disagree": "decoders disagree", "kept": "kept by WR"}
+RULE_NAMES = {"wr": "WR", "matched": "threshold, as many"} | {
+    f"> {threshold}": f"threshold {threshold}" for threshold in THRESHOLDS
+}
+MEASURE_COLOURS = {
+    "mse": "#D55E00", "sim": "#0072B2", "prob": "#000000", "multiply": "#009E73", "avg": "#CC79A7", "margin": "#56B4E9",
+}  # fmt: skip
+SEEDS_FROM = 1.3  # linewidth: of fainter lines only the mean is drawn
+WR_COLOUR, THRESHOLD_COLOUR = "#D55E00", "#0072B2"
+
+
+def subject(found: Results) -> Results:
+    """What the figures are about: the audited runs of MLRPL (where there is none, of the first audited method) with the
+    fewest labels.
+
+    Raises:
+        StudyError: where no run was audited.
+    """
+    if not len(found.audit):
+        raise StudyError("no run of this study was audited: add `audit: {every: 20}` to it and train anew")
+    runs = found.runs[found.runs["run"].isin(found.audit["run"])]
+    variant = "mlrpl" if (runs["variant"] == "mlrpl").any() else runs["variant"].iloc[0]
+    runs = runs[runs["variant"] == variant]
+    return found.only(runs[runs["labelled"] == runs["labelled"].min()])
+
+
+def described(found: Results) -> str:
+    """Which runs these are, in words."""
+    run, seeds = found.runs.iloc[0], len(found.runs)
+    return f"{run['title']}, {run['labelled']} labelled cases, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def later_half(found: Results) -> pd.DataFrame:
+    """Rows of the audit after half of each run."""
+    end = found.audit["run"].map(found.runs.set_index("run")["iterations"])
+    return found.audit[found.audit["iteration"] > end / 2].reset_index(drop=True)
+
+
+def choices(audit: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """How each rule chooses, by run, scope, class and distance.
+
+    Args:
+        audit: rows.
+        by: further columns not to pool over, such as "iteration".
+
+    Returns:
+        ``coverage``, the share of pseudo-labels kept; ``kept`` and ``dropped``, the shares of them that are right, all
+        in %; NaN where there are none.
+    """
+    rows = audit[audit["bin"].isin(["kept", "dropped"])]
+    counts = rows.pivot_table(["voxels", "correct"], ["run", *by, *GROUP], "bin", aggfunc="sum", observed=True)
+    counts = counts.reindex(columns=pd.MultiIndex.from_product([["voxels", "correct"], ["kept", "dropped"]])).fillna(0)
+    voxels = counts["voxels"]
+    right = counts["correct"] / voxels.where(voxels > 0)
+    share = voxels["kept"] / voxels.sum(axis=1)
+    return (100 * right.assign(coverage=share)).reset_index()
+
+
+def predictors(audit: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """How well each measure's weight tells right from wrong, by run, scope, class and distance.
+
+    Returns:
+        ``auroc``, averaged over the audits; ``weight``, mean; ``right``, the share of pseudo-labels that are, in %;
+        ``gap``, the mean distance of weight and share over the groups of the reliability diagram, where there is one.
+    """
+    key = ["run", *by, *GROUP]
+    rows = audit[audit["score"].isin(MEASURES)]
+    rows = rows.assign(mass=rows["weight"] * rows["voxels"])
+    whole = rows[rows["bin"] == "all"].groupby(key, observed=True)
+    sums = whole[["voxels", "correct", "mass"]].sum()
+    table = pd.DataFrame(
+        {
+            "auroc": whole["auroc"].mean(),
+            "weight": sums["mass"] / sums["voxels"],
+            "right": 100 * sums["correct"] / sums["voxels"],
+        }
+    )
+    bins = rows[rows["bin"] != "all"].groupby([*key, "bin"], observed=True)[["voxels", "correct", "mass"]].sum()
+    bins["off"] = (bins["mass"] - bins["correct"]).abs()
+    sums = bins.groupby(key, observed=True)[["off", "voxels"]].sum()
+    return table.assign(gap=sums["off"] / sums["voxels"]).reset_index()
+
+
+def _mean_sd(frame: pd.DataFrame, key: list[str], columns: Sequence[str], digits: int) -> pd.DataFrame:
+    """Text, mean ± sd over the runs."""
+    groups = frame.groupby(key, sort=False, observed=True)[list(columns)]
+    means, deviations = groups.mean(), groups.std(ddof=1)
+
+    def text(mean: float, deviation: float) -> str:
+        if pd.isna(mean):
+            return "—"
+        return f"{mean:.{digits}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{digits}f}")
+
+    shown = {c: [text(m, d) for m, d in zip(means[c], deviations[c], strict=True)] for c in columns}
+    return pd.DataFrame(shown, index=means.index).reset_index()
+
+
+def _groups(audit: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(name, scope, class) of the groups of tables: all voxels, each class, where the decoders disagree."""
+    classes = [name for name in audit["class"].unique() if name != "all"]
+    return [
+        ("all", "all", "all"),
+        *((f"labelled {name}", "all", name) for name in classes),
+        ("decoders disagree", "disagree", "all"),
+        *((f"disagree, labelled {name}", "disagree", name) for name in classes),
+    ]
+
+
+def choice_table(found: Results) -> pd.DataFrame:
+    """A row a group of voxels and rule: coverage and precision in the later half of training, as text."""
+    audit = later_half(found)
+    table = choices(audit[audit["distance"] == "all"])
+    parts = []
+    for name, scope, of_class in _groups(audit):
+        mine = table[(table["scope"] == scope) & (table["class"] == of_class)]
+        rules = RULES if "all" in (scope, of_class) else RULES[:2]
+        text = _mean_sd(mine, ["score"], ["coverage", "kept", "dropped"], 1).set_index("score").reindex(rules).dropna()
+        text.insert(0, "Pseudo-labels", name)
+        parts.append(text.reset_index())
+    shown = pd.concat(parts, ignore_index=True)
+    shown["score"] = shown["score"].map(RULE_NAMES)
+    headings = {
+        "score": "Rule",
+        "coverage": "Kept (%)",
+        "kept": "Right of the kept (%)",
+        "dropped": "Right of the dropped (%)",
+    }
+    return shown[["Pseudo-labels", *headings]].rename(columns=headings)
+
+
+def predictor_table(found: Results) -> pd.DataFrame:
+    """A row a measure: AUROC by group, mean weight and calibration in the later half of training, as text."""
+    audit = later_half(found)
+    table = predictors(audit[audit["distance"] == "all"])
+    classes = [name for name in audit["class"].unique() if name != "all"]
+    groups = {
+        "AUROC, all": ("all", "all"),
+        **{f"AUROC, {name}": ("all", name) for name in classes},
+        "AUROC, kept by WR": ("kept", "all"),
+        "AUROC, decoders disagree": ("disagree", "all"),
+    }
+    shown = pd.DataFrame({"Measure": MEASURES})
+    for heading, (scope, of_class) in groups.items():
+        mine = table[(table["scope"] == scope) & (table["class"] == of_class)]
+        shown[heading] = shown["Measure"].map(_mean_sd(mine, ["score"], ["auroc"], 3).set_index("score")["auroc"])
+    mine = table[(table["scope"] == "kept") & (table["class"] == "all")]
+    text = _mean_sd(mine, ["score"], ["weight", "gap"], 3).set_index("score")
+    shown["Mean weight, kept by WR"] = shown["Measure"].map(text["weight"])
+    shown["Weight against share right, mean gap"] = shown["Measure"].map(text["gap"])
+    shown["Measure"] = shown["Measure"].replace("mse", "mse (HR)")
+    return shown.fillna("—")
+
+
+def cost_table(found: Results) -> pd.DataFrame:
+    """A row a run: seconds of training and of the audits in it."""
+    runs = found.runs
+    share = 100 * runs["seconds_audit"] / runs["seconds"]
+    return pd.DataFrame(
+        {
+            "Run": runs["run"],
+            "Training (s)": runs["seconds"].round().astype(int),
+            "Audits (s)": runs["seconds_audit"].map("{:.1f}".format),
+            "Share (%)": share.map("{:.2f}".format),
+        }
+    )
+
+
+def answers(found: Results) -> str:
+    """The paper's two questions, answered in Markdown with this audit's numbers."""
+    audit = later_half(found)
+    audit = audit[(audit["class"] == "all") & (audit["distance"] == "all")]
+    chosen = choices(audit).groupby(["scope", "score"])[["coverage", "kept", "dropped"]].mean()
+    weighed = predictors(audit).groupby(["scope", "score"])[["auroc", "weight"]].mean()
+    wr, matched = chosen.loc[("all", "wr")], chosen.loc[("all", "matched")]
+    which = (
+        f"**Which pseudo-labels are reliable?** WR keeps {wr['coverage']:.1f} % of them: {wr['kept']:.1f} % of these "
+        f"are right, and {wr['dropped']:.1f} % of those that it drops. A confidence threshold that keeps as many keeps "
+        f"{matched['kept']:.1f} % right ones."
+    )
+    if ("disagree", "wr") in chosen.index:
+        wr, matched = chosen.loc[("disagree", "wr")], chosen.loc[("disagree", "matched")]
+        which += (
+            f" Where the decoders disagree, the pseudo-label that WR keeps is right in {wr['kept']:.1f} % of the "
+            f"voxels, the one that it drops in {wr['dropped']:.1f} %, and the threshold's in {matched['kept']:.1f} %."
+        )
+    hr = weighed.loc[("kept", "mse")]
+    ranking = weighed.loc["kept"]["auroc"].sort_values(ascending=False)
+    how = (
+        f"**How reliable are they?** Among what WR keeps, HR's weight averages {hr['weight']:.3f} and tells right from "
+        f"wrong with an AUROC of {hr['auroc']:.3f} (0.5: not at all); the largest probability alone reaches "
+        f"{weighed.loc[('kept', 'prob'), 'auroc']:.3f}, and the best measure is *{ranking.index[0]}* "
+        f"with {ranking.iloc[0]:.3f}."
+    )
+    if ("disagree", "mse") in weighed.index:
+        how += f" Where the decoders disagree, HR's AUROC is {weighed.loc[('disagree', 'mse'), 'auroc']:.3f}."
+    return f"{which}\n\n{how}\n\n{described(found)}; the later half of training."
+
+
+# Figures
+
+
+def _panels(found: Results) -> list[tuple[str, str, str]]:
+    classes = [name for name in found.audit["class"].unique() if name != "all"]
+    foreground = classes[1:] if len(classes) > 1 else classes
+    return [
+        ("All voxels", "all", "all"),
+        ("Decoders disagree", "disagree", "all"),
+        *((f"Labelled {name}", "all", name) for name in foreground),
+    ]
+
+
+def _mean_lines(ax: Axes, rows: pd.DataFrame, x: str, y: str, order: Sequence | None = None, **style: object) -> None:
+    """Each run thin where there are several, their mean bold."""
+    wide = rows.pivot_table(y, x, "run", observed=True)
+    if order is not None:
+        wide = wide.reindex([name for name in order if name in wide.index])
+    places = np.arange(len(wide)) if order is not None else wide.index.to_numpy()
+    if wide.shape[1] > 1 and style["linewidth"] >= SEEDS_FROM:
+        ax.plot(places, wide.to_numpy(), **(style | {"linewidth": 0.5, "alpha": 0.4, "marker": ""}))
+    ax.plot(places, wide.mean(axis=1), **style)
+
+
+def _label_axes(grid: np.ndarray) -> None:
+    for ax in grid[0]:
+        ax.set_xlabel("iteration")
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    for ax in grid[-1]:
+        ax.set_xticks(range(len(DISTANCE_NAMES)), DISTANCE_NAMES)
+        ax.set_xlabel("distance to the boundary (voxels)")
+
+
+@styled
+def choice_figure(found: Results) -> Figure:
+    """Share of right pseudo-labels among those that WR and an equally strict threshold keep and drop.
+
+    Above over iterations, below over the distance to the reference's boundary (later half of training).
+    """
+    columns = _panels(found)
+    figure = NotebookFigure(figsize=(WIDTH, 4.0), layout="constrained")
+    grid = figure.subplots(2, len(columns), squeeze=False)
+    time = choices(found.audit, ["iteration"])
+    place = choices(later_half(found))
+    styles = {
+        ("wr", "kept"): {"color": WR_COLOUR, "linestyle": "-", "label": "WR keeps"},
+        ("wr", "dropped"): {"color": WR_COLOUR, "linestyle": (0, (3, 1.5)), "label": "WR drops"},
+        ("matched", "kept"): {"color": THRESHOLD_COLOUR, "linestyle": "-", "label": "threshold keeps as many"},
+        ("matched", "dropped"): {"color": THRESHOLD_COLOUR, "linestyle": (0, (3, 1.5)), "label": "threshold drops"},
+    }
+    for axes, (title, scope, of_class) in zip(grid.T, columns, strict=True):
+        for (rule, part), style in styles.items():
+            style = {**style, "linewidth": 1.4}
+            rows = time[(time["scope"] == scope) & (time["class"] == of_class) & (time["score"] == rule)]
+            _mean_lines(axes[0], rows[rows["distance"] == "all"], "iteration", part, **style)
+            rows = place[(place["scope"] == scope) & (place["score"] == rule) & (place["distance"] != "all")]
+            if of_class == "all":
+                _mean_lines(axes[1], rows, "distance", part, DISTANCE_NAMES, marker="o", markersize=3, **style)
+        axes[0].set_title(title)
+    _label_axes(grid)
+    for ax in grid[:, 0]:
+        ax.set_ylabel("right pseudo-labels (%)")
+    for ax in grid[1, 2:]:  # counted by distance for all classes together
+        ax.set_axis_off()
+    handles = [Line2D([], [], linewidth=1.4, **style) for style in styles.values()]
+    grid[1, 2].legend(handles=handles, loc="center")
+    return figure
+
+
+@styled
+def coverage_figure(found: Results) -> Figure:
+    """Precision of what is kept against its share: WR beside confidence thresholds (later half of training)."""
+    columns = _panels(found)
+    figure = NotebookFigure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    audit = later_half(found)
+    table = choices(audit[audit["distance"] == "all"])
+    table = table.groupby(["scope", "class", "score"], observed=True)[["coverage", "kept"]].mean()
+    for ax, (title, scope, of_class) in zip(axes, columns, strict=True):
+        ax.set_title(title)
+        ax.set_xlabel("kept (%)")
+        if (scope, of_class) not in {index[:2] for index in table.index}:
+            continue
+        mine = table.loc[(scope, of_class)]
+        curve = mine.reindex([f"> {threshold}" for threshold in THRESHOLDS]).dropna()
+        ax.plot(curve["coverage"], curve["kept"], color=THRESHOLD_COLOUR, marker="o", markersize=3.5, linewidth=1.2)
+        for name, point in curve.iloc[[0, -1]].iterrows():
+            ax.annotate(name.removeprefix("> "), point, (3, -9), textcoords="offset points", fontsize=6.5, color="0.35")
+        for rule, marker, colour in (("matched", "D", THRESHOLD_COLOUR), ("wr", "*", WR_COLOUR)):
+            if rule in mine.index:
+                point = mine.loc[rule]
+                size = 11 if marker == "*" else 5.5
+                ax.plot(
+                    point["coverage"],
+                    point["kept"],
+                    marker,
+                    markersize=size,
+                    color=colour,
+                    markeredgecolor="white",
+                    zorder=4,
+                )
+        ax.margins(0.12)
+    axes[0].set_ylabel("right of the kept (%)")
+    _legend(
+        figure,
+        [
+            Line2D([], [], linestyle="", marker="*", markersize=10, color=WR_COLOUR, label="WR"),
+            Line2D([], [], color=THRESHOLD_COLOUR, marker="o", markersize=3.5, label="confidence threshold 0.5 … 0.95"),
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="D",
+                markersize=5,
+                color=THRESHOLD_COLOUR,
+                label="threshold that keeps as many as WR",
+            ),
+        ],
+    )
+    return figure
+
+
+@styled
+def predictor_figure(found: Results) -> Figure:
+    """AUROC of every measure's weight as a predictor of a right pseudo-label; above over iterations, below over the
+    distance to the reference's boundary (later half of training).
+    """
+    figure = NotebookFigure(figsize=(WIDTH, 4.0), layout="constrained")
+    grid = figure.subplots(2, len(SCOPES), squeeze=False, sharey=True)
+    time = predictors(found.audit, ["iteration"])
+    place = predictors(later_half(found))
+    for axes, scope in zip(grid.T, SCOPES, strict=True):
+        for measure in reversed(MEASURES):
+            style = _measure_style(measure)
+            rows = time[(time["scope"] == scope) & (time["score"] == measure) & (time["class"] == "all")]
+            _mean_lines(axes[0], rows[rows["distance"] == "all"], "iteration", "auroc", **style)
+            rows = place[(place["scope"] == scope) & (place["score"] == measure) & (place["distance"] != "all")]
+            _mean_lines(axes[1], rows, "distance", "auroc", DISTANCE_NAMES, marker="o", markersize=3, **style)
+        for ax in axes:
+            ax.axhline(0.5, color="0.5", linewidth=0.7, linestyle=(0, (1, 1.5)))
+        axes[0].set_title(SCOPE_NAMES[scope].capitalize().replace("wr", "WR"))
+    _label_axes(grid)
+    for ax in grid[:, 0]:
+        ax.set_ylabel("AUROC")
+    _legend(
+        figure,
+        [*_measure_handles(), Line2D([], [], color="0.5", linewidth=0.7, linestyle=(0, (1, 1.5)), label="chance")],
+    )
+    return figure
+
+
+@styled
+def reliability_diagram(found: Results) -> Figure:
+    """Mean weight against the share of right pseudo-labels, in ten groups of equal size (later half of training)."""
+    columns = [*_panels(found), ("Kept by WR", "kept", "all")]
+    audit = later_half(found)
+    rows = audit[(audit["distance"] == "all") & audit["score"].isin(MEASURES) & (audit["bin"] != "all")]
+    rows = rows.assign(mass=rows["weight"] * rows["voxels"], bin=rows["bin"].astype(int))
+    sums = rows.groupby([*GROUP, "bin"], observed=True)[["voxels", "correct", "mass"]].sum().reset_index()
+    sums = sums.assign(x=sums["mass"] / sums["voxels"], y=100 * sums["correct"] / sums["voxels"])
+    figure = NotebookFigure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    line = {"color": "0.5", "linewidth": 0.7, "linestyle": (0, (1, 1.5))}
+    for ax, (title, scope, of_class) in zip(axes, columns, strict=True):
+        for measure in reversed(MEASURES):
+            mine = sums[(sums["scope"] == scope) & (sums["class"] == of_class) & (sums["score"] == measure)]
+            ax.plot(mine["x"], mine["y"], marker="o", markersize=2.5, **_measure_style(measure))
+        ax.plot([0, 1], [0, 100], **line)
+        ax.set(title=title, xlabel="weight", ylim=(-3, 103))
+    axes[0].set_ylabel("right pseudo-labels (%)")
+    _legend(figure, [*_measure_handles(), Line2D([], [], label="weight = share right", **line)])
+    return figure
+
+
+def _measure_style(measure: str) -> dict[str, object]:
+    return {"color": MEASURE_COLOURS[measure], "linewidth": 1.9 if measure == "mse" else 1.0}
+
+
+def _measure_handles() -> list[Line2D]:
+    names = {"mse": "mse (HR)"}
+    return [Line2D([], [], label=names.get(measure, measure), **_measure_style(measure)) for measure in MEASURES]

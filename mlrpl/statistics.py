@@ -1,0 +1,196 @@
+"""How sure are the differences? Intervals and tests over cases, each averaged over its seeds.
+
+Cases are what a method is tested on, so they are what varies: never case × seed, which would count one case several
+times. What the seeds add is shown as their standard deviation. Bootstrap and Wilcoxon's test are scipy's; all
+resampling starts from a fixed seed, so that a report does not change when it is made anew.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
+
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, colours, styled
+from mlrpl.tables import comparison, per_case
+
+LEVEL = 0.95
+RESAMPLES = 9999
+FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
+REFERENCE = "MLRPL"
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95 % interval (bias-corrected, accelerated) of the mean; NaN for fewer than two values.
+
+    Args:
+        values: one a case; NaN are left out.
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def wilcoxon(differences: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences; NaN below `FEWEST` pairs, 1 if all are 0."""
+    differences = np.asarray(differences, float)
+    differences = differences[~np.isnan(differences)]
+    if len(differences) < FEWEST:
+        return float("nan")
+    if not differences.any():
+        return 1.0
+    return float(stats.wilcoxon(differences).pvalue)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); NaN stay and do not count as tests."""
+    p = np.asarray(p, float)
+    adjusted = np.full(len(p), np.nan)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN come last
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
+    return adjusted
+
+
+def summary(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    measure: str = "dice",
+    selection: str = "last",
+    output: str = "decoder1",
+    reference: str = REFERENCE,
+) -> pd.DataFrame:
+    """A row a number of labelled cases and title.
+
+    Returns:
+        ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
+        over seeds (NaN for one); where the reference has runs at that number and the title is another:
+        ``difference`` of the means over the cases that both have (title − reference) with ``difference_low`` and
+        ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number. Dice and Jaccard
+        in %.
+    """
+    table = per_case(metrics, runs, measure, selection, output)
+    spread = comparison(metrics, runs)
+    spread = spread[spread["selection"] == selection]
+    # a run with one decoder is its own mean
+    spread = spread.sort_values("output", key=lambda o: o != output, kind="stable").drop_duplicates(
+        ["labelled", "title"]
+    )
+    spread = spread.set_index(["labelled", "title"])
+    rows = []
+    for labelled, cases in table.groupby("labelled"):
+        titles = [title for title in dict.fromkeys(runs["title"]) if title in cases and cases[title].notna().any()]
+        for title in titles:
+            values = cases[title].to_numpy()
+            low, high = interval(values)
+            facts = spread.loc[(labelled, title)]
+            row = {"labelled": labelled, "title": title, "mean": np.nanmean(values), "low": low, "high": high}
+            row |= {"sd": facts[f"{measure}_sd"], "seeds": facts["seeds"], "cases": np.count_nonzero(~np.isnan(values))}
+            if reference in titles and title != reference:
+                apart = values - cases[reference].to_numpy()
+                low, high = interval(apart)
+                row |= {"difference": np.nanmean(apart), "difference_low": low, "difference_high": high}
+                row["p"] = wilcoxon(apart)
+            rows.append(row)
+    columns = ["difference", "difference_low", "difference_high", "p"]
+    found = pd.DataFrame(rows)
+    found = found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
+    found["p_holm"] = found.groupby("labelled")["p"].transform(lambda p: holm(p.to_numpy()))
+    return found
+
+
+def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = REFERENCE) -> pd.DataFrame:
+    """`summary` as text."""
+
+    def ranged(mean: float, low: float, high: float) -> str:
+        return "—" if pd.isna(mean) else f"{mean:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]")
+
+    rows = table.to_dict("records")
+    return pd.DataFrame(
+        {
+            "Labelled": table["labelled"].astype(str),
+            "Method": table["title"],
+            f"{heading} [95 %]": [ranged(r["mean"], r["low"], r["high"]) for r in rows],
+            "sd over seeds": ["—" if pd.isna(r["sd"]) else f"{r['sd']:.2f}" for r in rows],
+            f"Difference to {reference} [95 %]": [
+                ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
+            ],
+            "p": table["p"].map(probability),
+            "p (Holm)": table["p_holm"].map(probability),
+            "Cases": table["cases"].astype(str),
+            "Seeds": table["seeds"].astype(str),
+        }
+    )
+
+
+def probability(p: float) -> str:
+    """A p value as it is printed."""
+    return "—" if pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def limits(table: pd.DataFrame) -> str:
+    """What cannot be concluded from a `summary`, in sentences; empty where nothing stands against it."""
+    said = []
+    if (table["seeds"] == 1).all():
+        said.append(
+            "Each method was trained with one seed: another seed may change a difference's size and its sign. "
+            "Intervals and tests speak of other cases, not of other trainings."
+        )
+    elif (table["seeds"] == 1).any():
+        alone = ", ".join(dict.fromkeys(table.loc[table["seeds"] == 1, "title"]))
+        said.append(f"With one seed ({alone}) a difference may be the seed's.")
+    if len(table) and table["seeds"].max() in (2, 3):
+        said.append(f"{table['seeds'].max()} seeds show a direction, not the size of the spread.")
+    fewest = table["cases"].min() if len(table) else 0
+    if fewest < FEWEST:
+        said.append(f"{fewest} test cases are too few for a test: even if all agree, p cannot fall below 0.05.")
+    elif fewest < 20:
+        said.append(f"With {fewest} test cases only large and consistent differences can be significant.")
+    return " ".join(said)
+
+
+@styled
+def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure:
+    """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction."""
+    rows = table[table["difference"].notna()]
+    groups = list(rows.groupby("labelled"))
+    figure = NotebookFigure(
+        figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * max(len(rows), 1)), layout="constrained"
+    )
+    if not groups:
+        ax = figure.subplots()
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, f"nothing to compare with {reference}", ha="center", va="center")
+        return figure
+    colour = colours(table["title"])
+    heights = [len(group) for _, group in groups]
+    axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, (labelled, group) in zip(axes, groups, strict=True):
+        for place, row in enumerate(group.to_dict("records")):
+            style = {"color": colour[row["title"]]}
+            ax.plot([row["difference_low"], row["difference_high"]], [place, place], linewidth=1.8, **style)
+            ax.plot(row["difference"], place, "o", markersize=5, markeredgecolor="white", **style)
+            said = f"p = {probability(row['p_holm'])}".replace("= <", "< ") if pd.notna(row["p_holm"]) else "no test"
+            beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": "0.35"}
+            ax.annotate(said, (1.02, place), annotation_clip=False, **beside)
+        ax.axvline(0, color="0.4", linewidth=0.8)
+        ax.set_yticks(range(len(group)), group["title"])
+        ax.set_ylim(len(group) - 0.5, -0.5)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False, axis="y")
+        ax.set_title(f"{labelled} labelled", loc="left")
+    axes[-1].set_xlabel(f"difference to {reference} ({heading})")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+    mark = Line2D(
+        [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean and 95 % interval"
+    )
+    _legend(figure, [mark])
+    return figure

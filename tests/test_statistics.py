@@ -1,0 +1,105 @@
+"""Intervals and tests over cases: known values, and what they refuse to say."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from mlrpl import statistics
+from mlrpl.statistics import differences, formatted, holm, interval, limits, probability, summary, wilcoxon
+
+
+def study(dice: dict[str, list[float]], seeds: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Metrics and runs of methods with these Dice per case; each seed adds 0.1 to odd and takes it from even ones."""
+    metrics, runs = [], []
+    for title, values in dice.items():
+        for seed in range(seeds):
+            key = {"study": "s", "method": title, "variant": title, "labelled": 4, "seed": seed}
+            runs.append({"run": f"{title}-{seed}", "title": title, **key})
+            shift = 0 if seeds == 1 else 0.1 * (1 if seed % 2 else -1)
+            for n, value in enumerate(values):
+                row = {**key, "selection": "last", "output": "decoder1", "case": f"c{n:02d}", "class": "a"}
+                metrics.append({**row, "dice": value + shift, "jaccard": 0.5, "hd95": 1.0, "asd": 1.0})
+    return pd.DataFrame(metrics), pd.DataFrame(runs)
+
+
+def test_holm_is_the_textbooks():
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.5, 0.9])).tolist() == [1.0, 1.0]
+    with_gap = holm(np.array([0.02, np.nan, 0.01]))
+    assert with_gap[[0, 2]] == pytest.approx([0.02, 0.02]) and np.isnan(with_gap[1])
+    assert np.isnan(holm(np.array([np.nan]))).all()
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    inside = [low <= 5 <= high for low, high in (interval(random.normal(5, 2, 20)) for _ in range(40))]
+    assert 33 <= sum(inside) <= 40
+
+
+def test_interval_of_little():
+    assert np.isnan(interval([1.0])).all()
+    assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert interval([1.0, np.nan, 3.0]) == interval([1.0, 3.0])
+    assert interval([1.0, 2.0, 4.0]) == interval([1.0, 2.0, 4.0])  # a report does not change when it is made anew
+
+
+def test_wilcoxon_needs_pairs_that_could_be_significant():
+    assert np.isnan(wilcoxon(np.ones(5)))
+    assert wilcoxon(np.arange(1.0, 7.0)) == pytest.approx(2 / 2**6)
+    assert wilcoxon(np.zeros(8)) == 1.0
+
+
+def test_cases_are_averaged_over_seeds_before_anything_is_tested():
+    """Twice the seeds are not twice the cases."""
+    random = np.random.default_rng(1)
+    ours = random.uniform(0.7, 0.9, 8)
+    theirs = ours - random.uniform(0.01, 0.05, 8)
+    one, two = (summary(*study({"MLRPL": ours, "Other": theirs}, seeds)) for seeds in (1, 2))
+    for table in (one, two):
+        row = table.set_index("title").loc["Other"]
+        assert row["cases"] == 8
+        assert row["difference"] == pytest.approx(100 * (theirs - ours).mean())
+        assert row["p"] == pytest.approx(stats.wilcoxon(theirs - ours).pvalue)
+        assert row["p_holm"] == row["p"]
+        assert row["difference_low"] < row["difference"] < row["difference_high"] < 0
+    assert np.isnan(one["sd"]).all()
+    assert two["sd"].to_numpy() == pytest.approx(np.std([10, -10], ddof=1))
+    assert pd.isna(one.set_index("title").loc["MLRPL", "p"])
+
+
+def test_holm_counts_the_methods_at_one_number_of_labelled_cases():
+    random = np.random.default_rng(2)
+    ours = random.uniform(0.7, 0.9, 8)
+    table = summary(*study({"MLRPL": ours, "A": ours - 0.1 * random.uniform(0.5, 1, 8), "B": ours + 0.001}))
+    rows = table.set_index("title")
+    assert rows.loc["A", "p_holm"] == pytest.approx(2 * rows.loc["A", "p"])
+
+
+def test_it_says_what_cannot_be_concluded():
+    few = summary(*study({"MLRPL": [0.8, 0.9], "Other": [0.7, 0.8]}))
+    assert "one seed" in limits(few) and "2 test cases are too few" in limits(few)
+    assert formatted(few)["p (Holm)"].tolist() == ["—", "—"]
+    many = summary(*study({"MLRPL": np.linspace(0.6, 0.9, 25), "Other": np.linspace(0.5, 0.8, 25)}, seeds=5))
+    assert limits(many) == ""
+    assert "direction" in limits(summary(*study({"MLRPL": [0.8] * 7, "Other": [0.7] * 7}, seeds=3)))
+
+
+def test_without_the_reference_nothing_is_compared():
+    table = summary(*study({"A": [0.8, 0.7, 0.6], "B": [0.7, 0.6, 0.5]}))
+    assert table["difference"].isna().all()
+    assert "nothing to compare" in differences(table).axes[0].texts[0].get_text()
+
+
+def test_the_figure_shows_every_difference_with_its_p():
+    random = np.random.default_rng(3)
+    ours = random.uniform(0.7, 0.9, 9)
+    table = summary(*study({"MLRPL": ours, "A": ours - 0.05 + 0.01 * random.random(9), "B": ours[::-1]}))
+    (axes,) = differences(table).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]
+    assert axes.texts[0].get_text() == f"p = {probability(table.iloc[1]['p_holm'])}"
+
+
+def test_p_is_printed_as_journals_do():
+    assert [probability(p) for p in (0.0001, 0.0312, np.nan)] == ["<0.001", "0.031", "—"]
+    assert statistics.REFERENCE == "MLRPL"
