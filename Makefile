@@ -21,7 +21,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all lab lint lock clean environment active-environment
+.PHONY: help reproduce bench test test-all lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -42,6 +42,9 @@ help:  ## this list
 reproduce: $(READY)  ## run a study and write results/STUDY/index.html
 	@$(BIN)mlrpl reproduce "$$STUDY" --jobs "$$JOBS" $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
 		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt)
+
+bench: $(READY)  ## time the package beside its plain formulation; results/bench/index.html
+	@$(BIN)mlrpl bench $${DEVICE:+--device "$$DEVICE"}
 
 test: $(READY)  ## all fast tests
 	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile
