@@ -21,7 +21,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce data test test-all lab lint lock clean environment active-environment
+.PHONY: help reproduce data bench test test-all lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -47,6 +47,9 @@ reproduce: $(READY)  ## run a study and write results/STUDY/index.html
 
 data: $(READY)  ## download a data set into data/
 	@$(BIN)mlrpl download "$${DATASET:?name one: make data DATASET=hippocampus}"
+
+bench: $(READY)  ## time the package beside its plain formulation; results/bench/index.html
+	@$(BIN)mlrpl bench $${DEVICE:+--device "$$DEVICE"}
 
 test: $(READY)  ## all fast tests
 	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile

@@ -197,6 +197,18 @@ def cancel(study: str, runs: Runs = "runs") -> None:
     print(f"asked to end: {' and '.join(told)}" if told else f"study {place.study.name}: nothing is queued or running")
 
 
+@app.command()
+def bench(
+    device: Device = None,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: shows only that it works.")] = False,
+    results: Annotated[str, typer.Option(help="Folder of results.")] = "results",
+) -> None:
+    """Time the package beside its plain formulation, and a step of each method; results/bench/index.html."""
+    from mlrpl.bench import bench as measure
+
+    print(measure(results, device, quick, lambda line: print(line, flush=True)))
+
+
 @app.command(hidden=True)
 def run(
     study: str,

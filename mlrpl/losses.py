@@ -22,9 +22,9 @@ def hard_labels(scores: Tensor) -> Tensor:
     best = scores[:, 0]
     labels = torch.zeros_like(best, dtype=torch.long)
     for c in range(1, scores.shape[1]):
-        higher = scores[:, c] > best
-        labels = torch.where(higher, c, labels)
-        best = torch.where(higher, scores[:, c], best)
+        labels.masked_fill_(scores[:, c] > best, c)
+        if c + 1 < scores.shape[1]:
+            best = torch.maximum(best, scores[:, c])
     return labels
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlrpl.networks import VNet
+from mlrpl.provenance import instructions
 
 TOLERANCE = 0.02  # relative error of a single layer; correct bf16 kernels stay below 0.006
 
@@ -40,7 +41,7 @@ def fastest(device: torch.device) -> str:
     """Name of the precision that this hardware has instructions for."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if device.type == "cpu" and "avx512_bf16" in instructions():
         return "bfloat16"
     return "float32"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 CHANGED = "+changes"  # marks a commit that does not say all
+INSTRUCTIONS = ("avx2", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "medpy", "papermill", "nbconvert")
 
 
@@ -35,6 +36,24 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+@cache
+def instructions() -> frozenset[str]:
+    """Which of `INSTRUCTIONS` this CPU has."""
+    try:
+        known = {name for name, there in torch.cpu.get_capabilities().items() if there}
+    except AttributeError:  # releases of torch that do not say; the operating system does
+        known = _cpu_flags()
+    return frozenset(INSTRUCTIONS) & known
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 def device_name(device: torch.device) -> str:

@@ -29,6 +29,7 @@ A class that j assigns nowhere has a zero prototype: its similarity is 0 and its
 """
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,13 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * (probabilities + EPSILON).log()).sum(1)
 
 
-def select(selection: str, student: Tensor, teacher: Tensor, threshold: float | None = None) -> Tensor:
+def select(
+    selection: str,
+    student: Tensor,
+    teacher: Tensor,
+    threshold: float | None = None,
+    entropies: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Where the student learns from the teacher, boolean (N, x, y, z).
 
     Args:
@@ -56,12 +63,14 @@ def select(selection: str, student: Tensor, teacher: Tensor, threshold: float | 
         student: the student's probabilities (N, C, x, y, z).
         teacher: the teacher's.
         threshold: τ of "threshold".
+        entropies: the student's and the teacher's, where they are known already.
 
     Raises:
         ValueError: for another selection, or "threshold" without one.
     """
     if selection == "wr":
-        return entropy(student) > entropy(teacher)
+        of_student, of_teacher = entropies or (entropy(student), entropy(teacher))
+        return of_student > of_teacher
     if selection == "all":
         return torch.ones_like(teacher[:, 0], dtype=torch.bool)
     if selection == "threshold":
@@ -82,8 +91,8 @@ def prototype_similarity(features: Tensor, pseudo_labels: Tensor, num_classes: i
     Returns:
         (N, C, x, y, z) in −1…1; 0 for a class that no voxel of the volume is assigned to.
     """
-    flat = features.float().flatten(2)
-    member = one_hot(pseudo_labels, num_classes).flatten(2)
+    flat = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
+    member = one_hot(pseudo_labels, num_classes).to(flat.dtype).flatten(2)
     prototypes = member @ flat.transpose(1, 2) / (member.sum(2, keepdim=True) + EPSILON)
     # Two small matrix products in place of an (N, C, F, x, y, z) tensor.
     similarity = F.normalize(prototypes, dim=2, eps=1e-8) @ flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
@@ -143,18 +152,36 @@ def mutual_loss(
     Returns:
         A scalar.
     """
-    log_probabilities = [z.float().log_softmax(1) for z in logits]
+    log_probabilities = [_planes(z).log_softmax(1) for z in logits]
     with torch.no_grad():
-        probabilities = [log_p.exp() for log_p in log_probabilities]
-        pseudo_labels = [hard_labels(p) for p in probabilities]
-        weights = [weigh(weighting, *teacher) for teacher in zip(probabilities, features, pseudo_labels, strict=True)]
-    loss = log_probabilities[0].new_zeros(())
-    for i, log_p in enumerate(log_probabilities):
-        for j, labels in enumerate(pseudo_labels):
-            if i == j:
-                continue
-            with torch.no_grad():
-                mask = select(selection, probabilities[i], probabilities[j], threshold)
-                scale = mask * weights[j] / (mask.sum() + EPSILON)
-            loss = loss - (scale * log_p.gather(1, labels.unsqueeze(1)).squeeze(1)).sum()
-    return loss
+        targets = _targets([log_p.exp() for log_p in log_probabilities], features, selection, weighting, threshold)
+    return -sum((target * log_p).sum() for target, log_p in zip(targets, log_probabilities, strict=True))
+
+
+def _targets(
+    probabilities: Sequence[Tensor],
+    features: Sequence[Tensor],
+    selection: str,
+    weighting: str,
+    threshold: float | None,
+) -> list[Tensor]:
+    """T_i = Σ_{j≠i} m_ij w_j / (Σ_v m_ij + 1e-6) · one-hot(ŷ_j), so that L_mut = −Σ_i Σ_v Σ_c T_i log p_i.
+
+    All constants of the loss in one map (N, C, x, y, z) a student: what is left for autograd is a log-softmax.
+    """
+    pseudo_labels = [hard_labels(p) for p in probabilities]
+    weights = [weigh(weighting, *teacher) for teacher in zip(probabilities, features, pseudo_labels, strict=True)]
+    entropies = [entropy(p) for p in probabilities] if selection == "wr" else [None] * len(probabilities)
+    targets = [torch.zeros_like(p) for p in probabilities]
+    for i, j in permutations(range(len(probabilities)), 2):
+        known = (entropies[i], entropies[j]) if selection == "wr" else None
+        mask = select(selection, probabilities[i], probabilities[j], threshold, known)
+        scale = mask * weights[j] / (mask.sum() + EPSILON)
+        for c in range(targets[i].shape[1]):
+            targets[i][:, c] += torch.where(pseudo_labels[j] == c, scale, 0)
+    return targets
+
+
+def _planes(logits: Tensor) -> Tensor:
+    """At least float32, one contiguous plane a class: sums over two or three classes are slow in channels-last."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32), memory_format=torch.contiguous_format)

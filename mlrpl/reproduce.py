@@ -473,14 +473,16 @@ def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
 
 
 def write_overview(results: Path) -> None:
-    """`results/index.html`: the studies that have a page."""
+    """`results/index.html`: the studies, and whatever else has a page there."""
     entries = []
     for index in sorted(results.glob("*/index.html")):
         facts, everything = read_json(index.parent / "provenance.json"), Results.load(index.parent)
-        runs = everything.compared().runs
-        methods = ", ".join(dict.fromkeys(runs["title"]))
-        counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-        text = f"{methods}; {counts} labelled cases; {len(everything)} runs"
+        text = facts.get("summary", "")
+        if len(everything):
+            runs = everything.compared().runs
+            methods = ", ".join(dict.fromkeys(runs["title"]))
+            counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
+            text = f"{methods}; {counts} labelled cases; {len(everything)} runs"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)

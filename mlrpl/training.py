@@ -231,6 +231,40 @@ def check_cases(store: Store) -> list[str]:
     return store.ids("val") or store.ids("test")
 
 
+def optimise(
+    method: Method,
+    batch: Batch,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """One step of training on a batch that is on the method's device.
+
+    Returns:
+        The method's terms, still on the device: nothing here waits for a GPU (but float16's scaler, which must).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch.image.device.type, dtype=precision.dtype, enabled=precision.reduced):
+        terms = method.loss(batch, step)
+    scaler.scale(terms["total"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    method.after_step(step)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def make_optimizer(method: Method) -> torch.optim.SGD:
+    """Stochastic gradient descent over the method's trainable parameters, with its settings."""
+    settings = method.settings
+    return torch.optim.SGD(
+        [p for p in method.parameters() if p.requires_grad],
+        settings.learning_rate,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
 class Trainer:
     """One run from wherever its folder says it stands to its last iteration.
 
@@ -251,13 +285,7 @@ class Trainer:
         self.method = make_method(run, store, device)
         self.batches = make_batches(run, store, self.method)
         self.checks = [store.load(case) for case in check_cases(store)]
-        settings = run.settings
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.method.parameters() if p.requires_grad],
-            settings.learning_rate,
-            settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.method)
         self.iteration = 0
         self.best = -1.0
         self.seconds = self.audit_seconds = 0.0
@@ -320,7 +348,7 @@ class Trainer:
         if self.best_at == self.iteration > 0:  # the kill may have come before published.pt was written
             save(self.folder / "published.pt", self._weights())
 
-    def _step(self, iteration: int) -> dict[str, Tensor]:
+    def _step(self, iteration: int) -> dict[str, Any]:
         settings = self.run.settings
         generator = seed_iteration(self.run.seed, iteration, self.device)
         batch = to_device(self.batches(iteration), self.device)
@@ -328,15 +356,10 @@ class Trainer:
         rate = learning_rate(settings.lr_schedule, settings.learning_rate, iteration, settings.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
         auditing = self.audit.observing(self.method.network, iteration) if self.audit else nullcontext()
-        with torch.autocast(self.device.type, dtype=self.precision.dtype, enabled=self.precision.reduced), auditing:
-            terms = self.method.loss(batch, step)
-        self.scaler.scale(terms["total"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.method.after_step(step)
-        return {**{name: value.detach() for name, value in terms.items()}, "learning_rate": rate}
+        with auditing:
+            terms = optimise(self.method, batch, step, self.optimizer, self.scaler, self.precision)
+        return {**terms, "learning_rate": rate}
 
     def _weights(self) -> dict[str, Any]:
         return {

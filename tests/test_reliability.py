@@ -133,6 +133,36 @@ def test_mutual_loss_is_the_plain_sum() -> None:
     torch.testing.assert_close(mutual_loss(logits, features), torch.as_tensor(expected))
 
 
+@pytest.mark.parametrize("decoders", [2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_gradient_is_that_of_the_plain_sum(decoders: int, layout: torch.memory_format) -> None:
+    """Σ_j scale_ij (softmax(z_i) − one-hot(ŷ_j)), in double precision, whatever the layout."""
+    logits, features = random_decoders(decoders=decoders)
+    logits = [z.double().to(memory_format=layout).requires_grad_() for z in logits]
+    features = [f.double().to(memory_format=layout) for f in features]
+    mutual_loss(logits, features).backward()
+    p = [z.detach().softmax(1) for z in logits]
+    for i, z in enumerate(logits):
+        expected = torch.zeros_like(p[i])
+        for j in range(decoders):
+            if i != j:
+                labels = p[j].argmax(1)
+                mask = entropy(p[i]) > entropy(p[j])
+                scale = mask * weigh("mse", p[j], features[j], labels) / (mask.sum() + 1e-6)
+                one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1)
+                expected += scale.unsqueeze(1) * (p[i] - one_hot)
+        torch.testing.assert_close(z.grad, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_gradients_pass_gradcheck_in_double_precision() -> None:
+    """Away from ties a small step changes neither m nor ŷ, but w and Σm are constants: they are held fixed here."""
+    logits, features = random_decoders(classes=2)
+    logits = [z[:1, :, :2, :2, :2].double().requires_grad_() for z in logits]
+    features = [f[:1, :, :2, :2, :2].double() for f in features]
+    loss = lambda *z: mutual_loss(z, features, "all", "none")  # noqa: E731
+    assert torch.autograd.gradcheck(loss, logits)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weights_are_bounded_and_constant(weighting: str) -> None:
     logits, features = random_decoders()

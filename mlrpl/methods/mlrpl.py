@@ -65,7 +65,7 @@ class MLRPL(Method):
             "total": self.gamma * supervised + beta * mutual,
             "supervised": supervised,
             "mutual": mutual,
-            "beta": supervised.new_tensor(beta),
+            "beta": supervised.new_full((), beta),
             "pseudo_foreground": foreground_fraction(logits[0][labelled:]),
             "dice": batch_dice(logits[0][:labelled], batch.label),
         }

@@ -37,7 +37,7 @@ def terms(
         "total": weights[0] * supervised + weights[1] * beta * mutual,
         "supervised": supervised,
         "mutual": mutual,
-        "beta": supervised.new_tensor(beta),
+        "beta": supervised.new_full((), beta),
         "pseudo_foreground": foreground_fraction(logits[len(labels) :]),
         "dice": batch_dice(logits[: len(labels)], labels),
     }

@@ -1,0 +1,147 @@
+"""What one step of each method costs: each in a process of its own, so that its peak memory is its own.
+
+`python -m mlrpl.bench.methods METHOD …` is such a process; it prints one line of JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mlrpl.bench.timing import seconds
+from mlrpl.bench.works import FLOAT32, Size, make_batch, make_method, yardstick
+from mlrpl.errors import StudyError
+from mlrpl.methods import METHODS, Step
+from mlrpl.networks import VNet, count_parameters
+from mlrpl.precision import choose_precision
+from mlrpl.training import (
+    find_device,
+    make_optimizer,
+    optimise,
+    peak_memory_mb,
+    seed_iteration,
+    to_device,
+)
+
+PLAIN = "plain"  # MLRPL in the plain formulation
+SPARE = 700e6  # bytes that a measurement leaves to the rest of the machine
+POLL_SECONDS = 0.1
+
+
+def costs(size: Size, device: str, repeats: int, methods: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row of methods.csv for MLRPL's yardstick and each method, the hungriest last.
+
+    A method that needs more memory than is free gets a row that says so.
+    """
+    for method in methods or [PLAIN, *(name for name in METHODS if name != "ssnet"), "ssnet"]:
+        yield {"method": method, **_measured(method, size, device, repeats)}
+
+
+def _measured(method: str, size: Size, device: str, repeats: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mlrpl.bench.methods", method, json.dumps(asdict(size)), device, str(repeats)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if psutil.virtual_memory().available < SPARE:
+                process.kill()
+                process.communicate()
+                return {"note": "needs more memory than was free"}
+    finally:
+        if process.poll() is None:
+            process.kill()
+    output, errors = process.communicate()
+    if process.returncode:
+        reason = (errors.strip().splitlines() or ["it ended without a word"])[-1]
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            return {"note": "needs more memory than was free"}
+        raise StudyError(f"bench: a step of {method} failed: {reason}")
+    return {**json.loads(output.splitlines()[-1]), "note": ""}
+
+
+@contextlib.contextmanager
+def counted_passes(method: torch.nn.Module) -> Iterator[list[int]]:
+    """Within, every forward pass through a V-Net's encoder adds its number of volumes to the list."""
+    volumes: list[int] = []
+    handles = [
+        module.encoder.register_forward_pre_hook(lambda _, inputs: volumes.append(len(inputs[0])))
+        for module in method.modules()
+        if isinstance(module, VNet)
+    ]
+    try:
+        yield volumes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(name: str, size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Seconds of a step (the fastest of `repeats`), peak memory, parameters, and forward passes of one method.
+
+    A first step at the smallest patch warms up what is set up once in a process.
+    """
+    small = replace(size, patch=(16, 16, 16))
+    facts: dict[str, Any] = {}
+    for current, times in ((small, 1), (size, repeats)):
+        seed_iteration(0, 0, torch.device("cpu"))
+        if name == PLAIN:
+            step, facts = _plain_step(current, device)
+        else:
+            step, facts = _method_step(name, current, device)
+        facts["seconds"] = min(seconds(step, device) for _ in range(times))
+    return {**facts, "peak_memory_mb": peak_memory_mb(device)}
+
+
+def _method_step(name: str, size: Size, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    method = make_method(name, size, device)
+    batch = make_batch(method, size)
+    precision = choose_precision("auto", method.network, size.patch, sum(size.batch), device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "float16")
+    optimizer = make_optimizer(method)
+    iteration = method.settings.ramp_iterations
+    facts: dict[str, Any] = {"precision": precision.name, "parameters": count_parameters(method)}
+
+    def step() -> None:
+        generator = seed_iteration(0, iteration, device)
+        with counted_passes(method) as volumes:
+            where = Step(iteration, method.settings.iterations, generator)
+            optimise(method, to_device(batch, device), where, optimizer, scaler, precision)
+        facts.update(passes=len(volumes), volumes=sum(volumes))
+
+    return step, facts
+
+
+def _plain_step(size: Size, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    network = yardstick().PlainVNet(1, size.classes, size.filters, size.upsamplings).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    batch = to_device(make_batch(make_method("mlrpl", replace(size, filters=1), device), size), device)
+    image = batch.image.contiguous()
+    facts = {"precision": FLOAT32.name, "parameters": count_parameters(network), "passes": 1, "volumes": len(image)}
+    return lambda: yardstick().train_step(network, optimizer, image, batch.label, 0.1), facts
+
+
+def main() -> None:
+    """One measurement, as a process of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("method")
+    parser.add_argument("size", type=json.loads)
+    parser.add_argument("device")
+    parser.add_argument("repeats", type=int)
+    given = parser.parse_args()
+    size = Size(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.size.items()})
+    print(json.dumps(measure(given.method, size, find_device(given.device), given.repeats)))
+
+
+if __name__ == "__main__":
+    main()

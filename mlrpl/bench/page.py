@@ -1,0 +1,191 @@
+"""The page and the figure of a bench."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.ticker as ticker
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mlrpl.bench.methods import PLAIN
+from mlrpl.bench.works import Size
+from mlrpl.figures import METHOD_COLOURS, WIDTH, NotebookFigure, save, styled
+from mlrpl.report import Link, Picture, Section, write_index
+
+TITLES = {
+    "vnet": "V-Net",
+    "uamt": "UA-MT",
+    "urpc": "URPC",
+    "cct": "CCT",
+    "mcnet": "MC-Net",
+    "mcnet_plus": "MC-Net+",
+    "ssnet": "SS-Net",
+    "acmt": "AC-MT",
+    "mlrpl": "MLRPL",
+    PLAIN: "MLRPL, plain",
+}
+GROWTH = {
+    "patch": "voxels of a patch",
+    "batch": "volumes of a batch",
+    "decoders": "decoders",
+    "classes": "classes",
+    "cases": "cases of a check",
+}
+OURS, YARDSTICK = METHOD_COLOURS["MLRPL"], METHOD_COLOURS["Control (β = 0)"]
+
+LEAD = """The package beside the plain formulation, `benchmarks/plain.py`: float32, contiguous tensors, loops over
+the samples in the loss, one window at a time through all decoders, MedPy on whole volumes. Both ran alternately in one
+process on the same weights and data. Results are compared in float32, a step's gradients in double precision."""
+MAIN = """Medians of alternate repeats, lowest and highest in brackets; the ratio is the median of the pairs' ratios.
+A goal set for hardware with bf16 instructions is *not applicable* without them. The last row compares gigabytes, not
+seconds."""
+COSTS = """One training step of each method, a process each, so that peak memory (of the whole process on a CPU, of
+PyTorch's allocations on a GPU) is its own. *Volumes* counts those that went through an encoder, teachers' and perturbed
+passes included: a batch has four."""
+
+
+def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], size: Size) -> Path:
+    """Write figure and index.html of a bench; returns the page.
+
+    Args:
+        folder: of the bench.
+        tables: "bench", "growth", "methods" and "profile".
+        provenance: as written beside it.
+        size: of the methods' steps.
+    """
+    save(growth_figure(tables["growth"]), folder / "figures", "growth")
+    save(costs_figure(tables["methods"]), folder / "figures", "methods")
+    pictures = {name: folder / "figures" / f"{name}.svg" for name in ("growth", "methods")}
+    machine = provenance["machine"]
+    facts = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in machine.items())
+    sections = [
+        Section("Goals", f"{facts}.\n\n{MAIN}", _main_table(tables["bench"])),
+        Section(
+            "Growth",
+            "How the time of a step, or of a check, grows with what it depends on; bars: lowest to highest.",
+            figures=[Picture(pictures["growth"], "Grey: plain. Orange: the package.", "growth of time with size")],
+        ),
+        Section(
+            f"Methods, {size.setting}",
+            COSTS,
+            _methods_table(tables["methods"]),
+            figures=[Picture(pictures["methods"], "Time and peak memory of one step.", "cost of a step by method")],
+        ),
+        Section(
+            "Where a step's time goes",
+            _machine_text(provenance["speed"]),
+            tables["profile"].rename(columns=lambda name: name.replace("_", " ").capitalize()),
+            links=[Link("Timeline of one step", "step-trace.json.gz")],
+        ),
+    ]
+    page = folder / "index.html"
+    write_index(
+        page,
+        title=f"{provenance['title']}: {machine['device']}",
+        lead=LEAD,
+        sections=sections,
+        provenance=provenance,
+        home="../index.html",
+    )
+    return page
+
+
+def _machine_text(speed: Mapping[str, Mapping[str, float]]) -> str:
+    step, ceiling = speed["step"], speed["ceiling"]
+    return (
+        f"A step of MLRPL computes {step['step_tflop']:.3g} TFLOP and moves about {step['step_gb']:.3g} GB (each "
+        f"operation's tensors counted once): {step['tflops']:.3g} TFLOP/s and {step['gb_per_s']:.3g} GB/s. A "
+        f"large matrix product reaches {ceiling['tflops']:.3g} TFLOP/s here, a large copy "
+        f"{ceiling['gb_per_s']:.3g} GB/s. Below, the costliest operations of one step; the timeline opens in "
+        "ui.perfetto.dev."
+    )
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _main_table(rows: pd.DataFrame) -> pd.DataFrame:
+    def spread(row: pd.Series, side: str) -> str:
+        if pd.isna(row[f"{side}_low_s"]):
+            return f"{row[f'{side}_s']:.3g}"
+        return f"{row[f'{side}_s']:.3g} ({row[f'{side}_low_s']:.3g}–{row[f'{side}_high_s']:.3g})"
+
+    return pd.DataFrame(
+        {
+            "Work": rows["work"],
+            "Size": rows["setting"],
+            "Ours (s)": [spread(row, "ours") for _, row in rows.iterrows()],
+            "Plain (s)": [spread(row, "plain") for _, row in rows.iterrows()],
+            "Ratio": [f"{ratio:.2f}" for ratio in rows["ratio"]],
+            "Goal": ["" if pd.isna(goal) else f"{goal:.3g}" for goal in rows["goal"]],
+            "": rows["verdict"],
+            "Largest difference": [
+                f"{d:.1e} ≤ {t:.0e}" for d, t in zip(rows["difference"], rows["tolerance"], strict=True)
+            ],
+        }
+    )
+
+
+def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
+    def number(value: float, text: str) -> str:
+        return "—" if pd.isna(value) else format(value, text)
+
+    return pd.DataFrame(
+        {
+            "Method": methods["method"].map(TITLES),
+            "Step (s)": [number(v, ".3g") for v in methods["seconds"]],
+            "× V-Net": [number(v, ".2f") for v in methods["ratio_to_vnet"]],
+            "Peak memory (GB)": [number(v / 1000, ".2f") for v in methods["peak_memory_mb"]],
+            "Parameters": [number(v, ",.0f") for v in methods["parameters"]],
+            "Forward passes": [number(v, ".0f") for v in methods["passes"]],
+            "Volumes": [number(v, ".0f") for v in methods["volumes"]],
+            "Precision": methods["precision"].fillna("—"),
+            "Note": methods["note"],
+        }
+    )
+
+
+@styled
+def growth_figure(rows: pd.DataFrame) -> Figure:
+    """Seconds over what grows, one panel each, both formulations, logarithmic."""
+    figure = NotebookFigure(figsize=(WIDTH, 2.1), layout="constrained")
+    axes = figure.subplots(1, len(GROWTH), sharey=True)
+    for ax, (what, label) in zip(axes, GROWTH.items(), strict=True):
+        points = rows[rows["grows"] == what]
+        for side, colour, name in (("plain", YARDSTICK, "plain"), ("ours", OURS, "package")):
+            middle = points[f"{side}_s"]
+            spread = [middle - points[f"{side}_low_s"], points[f"{side}_high_s"] - middle]
+            ax.errorbar(
+                points["value"], middle, spread, color=colour, marker="o", markersize=3, linewidth=1.2, label=name
+            )
+        ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.set_xticks(points["value"], [f"{v / 1000:.0f}k" if v >= 1000 else f"{v:.0f}" for v in points["value"]])
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        ax.tick_params(axis="x", labelsize=6.5)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+@styled
+def costs_figure(methods: pd.DataFrame) -> Figure:
+    """Seconds and peak memory of a step by method, cheapest first."""
+    measured = methods.dropna(subset=["seconds"]).sort_values("seconds", ascending=False)
+    figure = NotebookFigure(figsize=(WIDTH, 0.7 + 0.2 * len(measured)), layout="constrained")
+    time, memory = figure.subplots(1, 2, sharey=True)
+    names = [TITLES[method] for method in measured["method"]]
+    colours = [METHOD_COLOURS.get(name, YARDSTICK) for name in names]
+    _bars(time, names, measured["seconds"], colours, "seconds a step")
+    _bars(memory, names, measured["peak_memory_mb"] / 1000, colours, "peak memory (GB)")
+    return figure
+
+
+def _bars(ax: Axes, names: list[str], values: pd.Series, colours: list[str], label: str) -> None:
+    bars = ax.barh(names, values, color=colours, height=0.7)
+    ax.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=6.5)
+    ax.set_xlabel(label)
+    ax.grid(axis="y", visible=False)
+    ax.margins(x=0.12)

@@ -1,0 +1,142 @@
+"""All measurements in order, and what is written: bench.csv, growth.csv, methods.csv, profile.csv, figure and page."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mlrpl.bench import hardware
+from mlrpl.bench.methods import PLAIN, costs
+from mlrpl.bench.page import write_page
+from mlrpl.bench.timing import Work, compare, verdict
+from mlrpl.bench.works import LA, Size, growth, metrics, mutual_losses, sliding_windows, training_step
+from mlrpl.errors import StudyError
+from mlrpl.files import atomic, write_json
+from mlrpl.provenance import environment
+from mlrpl.training import find_device
+
+QUICK = Size((32, 32, 16), 2)
+MEMORY_GOAL = 1 / 0.7  # peak memory of a step: 30 % below the plain formulation's
+
+
+def main_works(quick: bool, device: torch.device) -> Iterator[tuple[int, Callable[[], Iterator[Work]]]]:
+    """(repeats, works): what DESIGN §7 has goals for. Made when their turn comes, so that one's memory is free then."""
+    size, volume, stride = (QUICK, (40, 36, 17), (16, 16, 8)) if quick else (LA, (130, 120, 84), (18, 18, 4))
+    mask, cases = ((40, 36, 24), 1) if quick else ((150, 140, 88), 3)
+    repeats = 2 if quick or device.type == "cpu" else 10
+    step, loss, window, metric = (None,) * 4 if quick else (5, 12, 8, 5)  # goals hold at LA size
+    yield repeats, lambda: iter([training_step(size, device, step)])
+    yield repeats + 1, lambda: iter([mutual_losses(size, device, loss)])
+    yield repeats, lambda: sliding_windows(size, volume, stride, device, window)
+    yield repeats + 1, lambda: metrics(mask, cases, metric)
+
+
+def bench(
+    results: str = "results",
+    device: str | None = None,
+    quick: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measure everything and write `<results>/bench`; a GPU's figures go to `<results>/bench-cuda`.
+
+    Args:
+        results: folder of results.
+        device: where to measure; default: a GPU where there is one.
+        quick: tiny sizes that show nothing but that it works.
+        say: called with a line for each measurement.
+
+    Returns:
+        The page.
+
+    Raises:
+        StudyError: for a device that is not there, or where both formulations differ.
+    """
+    place = find_device(device)
+    machine = hardware.capabilities(place)
+    say(", ".join(f"{name}: {value}" for name, value in machine.items()))
+    folder = Path(results) / ("bench" if place.type == "cpu" else f"bench-{place.type}")
+    size = QUICK if quick else LA
+
+    rows: list[dict[str, Any]] = []
+    for repeats, works in main_works(quick, place):
+        for work in works():
+            rows.append(_said(compare(work, repeats, place, machine["precision"]), say))
+
+    grown: list[dict[str, Any]] = []
+    for what, value, work in growth(QUICK if quick else Size(), quick, place):
+        row = compare(work, 2 if quick else 3, place, machine["precision"])
+        grown.append({"grows": what, "value": value, **_said(row, say)})
+
+    spent = []
+    for cost in costs(size, place.type if place.index is None else str(place), 1 if place.type == "cpu" else 10):
+        spent.append(cost)
+        told = cost["note"] or f"{cost['seconds']:.3g} s, {cost['peak_memory_mb']} MB"
+        say(f"step of {cost['method']}, {size.setting}: {told}")
+    methods = _compared(pd.DataFrame(spent))
+    rows.append(_memory_row(methods, size, None if quick else MEMORY_GOAL))
+
+    work = training_step(size, place)
+    took = min(row["ours_s"] for row in rows if row["work"] == work.name)
+    work.ours()
+    speed = {"ceiling": hardware.ceilings(place, quick), "step": hardware.achieved(work.ours, took)}
+    profile = hardware.timeline(work.ours, place, folder / "step-trace.json.gz")
+
+    tables = {
+        "bench": pd.DataFrame(rows),
+        "growth": pd.DataFrame(grown),
+        "methods": methods,
+        "profile": pd.DataFrame(profile),
+    }
+    for name, table in tables.items():
+        with atomic(folder / f"{name}.csv") as partial:
+            table.to_csv(partial, index=False, float_format="%.6g")
+    provenance = {
+        "title": "Speed" if place.type == "cpu" else "Speed on a GPU",
+        "summary": f"the package beside its plain formulation; {machine['device']}",
+        "machine": machine,
+        "speed": speed,
+        **environment(),
+    }
+    write_json(folder / "provenance.json", provenance)
+    page = write_page(folder, tables, provenance, size)
+    different = [row["work"] for row in [*rows, *grown] if not row["equal"]]
+    if different:
+        raise StudyError(f"bench: both formulations differ in: {', '.join(different)}; see {page}")
+    return page
+
+
+def _said(row: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    goal = f" (goal {row['goal']:g}: {row['verdict']})" if row["goal"] else ""
+    say(
+        f"{row['work']}, {row['setting']}: {row['ours_s']:.3g} s, plain {row['plain_s']:.3g} s, "
+        f"{row['ratio']:.2f}×{goal}, difference {row['difference']:.1e}"
+    )
+    return row
+
+
+def _compared(methods: pd.DataFrame) -> pd.DataFrame:
+    """With each step's ratio to V-Net's."""
+    vnet = methods.loc[methods["method"] == "vnet", "seconds"]
+    methods["ratio_to_vnet"] = methods["seconds"] / vnet.iloc[0]
+    return methods
+
+
+def _memory_row(methods: pd.DataFrame, size: Size, goal: float | None) -> dict[str, Any]:
+    """Peak memory as a row of bench.csv: seconds are gigabytes there, and the setting says so."""
+    peak = methods.set_index("method")["peak_memory_mb"] / 1000
+    ratio = peak[PLAIN] / peak["mlrpl"]
+    return {
+        "work": "peak memory of a step (GB)",
+        "setting": size.setting,
+        "ours_s": peak["mlrpl"],
+        "plain_s": peak[PLAIN],
+        "ratio": ratio,
+        "goal": goal,
+        "verdict": verdict(ratio, goal, False, ""),
+        "difference": 0.0,
+        "tolerance": 0.0,
+        "equal": True,
+        "repeats": 1,
+    }
