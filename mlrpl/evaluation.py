@@ -1,12 +1,20 @@
-"""From a trained method to one row a case, class, selection and output."""
+"""From a trained method to one row a case, class, selection and output.
 
-from collections.abc import Callable, Iterable, Sequence
+Beside a method's own outputs there is one more for the final weights, `OWN`: decoder 1 with BatchNorm normalising each
+volume by its own statistics. In training every batch is normalised by its own, in prediction by running averages of
+them, over labelled and unlabelled volumes alike. Where the two differ much, the averages are to blame for what a
+prediction lacks, not what was learnt; the reports show both.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlrpl.config import Run
 from mlrpl.data import Case, Store
@@ -14,10 +22,28 @@ from mlrpl.files import atomic
 from mlrpl.inference import sliding_window
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
+from mlrpl.networks import STRIDE
 from mlrpl.precision import Precision
 
 SELECTIONS = ("last", "published")
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
+
+
+OWN = "decoder1-own"
+
+
+@contextmanager
+def own_statistics(method: Method) -> Iterator[None]:
+    """Within, BatchNorm normalises by what it is given: the windows of one volume that are predicted together."""
+    norms = [module for module in method.modules() if isinstance(module, nn.BatchNorm3d)]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
 
 
 def predict_case(
@@ -92,9 +118,14 @@ def evaluate(
         for n, case_id in enumerate(cases):
             case = store.load(case_id)
             probabilities = predict_case(method, case, method.outputs, device, precision)
-            for output, predicted in zip(method.outputs, probabilities.argmax(1).cpu().numpy(), strict=True):
-                if selection == "last" and output == "decoder1":
-                    label_maps[case_id] = predicted.astype(np.uint8)
+            maps = dict(zip(method.outputs, probabilities.argmax(1).cpu().numpy(), strict=True))
+            if selection == "last":
+                label_maps[case_id] = maps["decoder1"].astype(np.uint8)
+                if math.prod(method.settings.patch) > STRIDE**3:  # else the bottleneck is one voxel: no statistics
+                    with own_statistics(method):
+                        alone = predict_case(method, case, ("decoder1",), device, precision)
+                    maps[OWN] = alone[0].argmax(0).cpu().numpy()
+            for output, predicted in maps.items():
                 for c, name in enumerate(store.classes[1:], start=1):
                     measured = case_metrics(
                         predicted == c, case.label == c, case.spacing if distances == "mm" else None

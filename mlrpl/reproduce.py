@@ -53,6 +53,9 @@ seeds where there are several. A distance is undefined where a method finds noth
 left out of the distances (the published code averages zeros there)."""
 COST = """Median over a method's runs, on the device and in the precision of the table of runs below; runs side by side
 slow one another down. Passes without gradient count as volumes too."""
+NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch, labelled and unlabelled
+volumes together, by its own statistics; prediction by their running averages, as published. The second column uses the
+statistics of the volume that is predicted instead. A large difference says that the averages fail, not the features."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, with Holm's correction over the methods at one number of labelled cases.
@@ -393,6 +396,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             figures=_pictures(folder, "differences"),
         ),
         Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
+        *_normalisation_section(found),
         *_ablation_section(place),
         *_reliability_section(place, everything),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
@@ -416,6 +420,11 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         provenance=provenance,
         home="../index.html",
     )
+
+
+def _normalisation_section(found: Results) -> list[Section]:
+    table = tables.formatted_normalisation(found.metrics, found.runs)
+    return [Section("What BatchNorm's running statistics cost", NORMALISATION, table)] if len(table) else []
 
 
 def _ablation_section(place: Workplace) -> list[Section]:

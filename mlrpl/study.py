@@ -42,7 +42,7 @@ from mlrpl.training import Progress, Trainer, find_device, load, make_method, sp
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 WORKER_LOG = "worker.log"
-EVALUATION_VERSION = 1  # raise when evaluation changes what it writes
+EVALUATION_VERSION = 2  # raise when evaluation changes what it writes
 POLL_SECONDS = 0.5
 ORPHAN_SECONDS = 30  # within it a kernel whose parent was killed has ended
 FINISHING_SECONDS = 120  # for checkpoints, after a request to stop

@@ -14,6 +14,7 @@ from pandas.io.formats.style import Styler
 
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
+from mlrpl.evaluation import OWN
 from mlrpl.files import atomic
 
 RUN = ["study", "method", "variant", "labelled", "seed"]
@@ -23,13 +24,16 @@ SELECTIONS = ["last", "published"]
 OUTPUTS = {"decoder1": "decoder 1", "mean": "mean of decoders"}
 
 
-def titled(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+def titled(metrics: pd.DataFrame, runs: pd.DataFrame, outputs: Iterable[str] = OUTPUTS) -> pd.DataFrame:
     """Metrics with the run and title of each row; ``title``, ``selection``, ``output`` are categories in print order.
+
+    Rows of other outputs than these are left out.
 
     Raises:
         StudyError: A row belongs to none of the runs, or one title stands for two variants.
     """
-    titles = list(dict.fromkeys(runs["title"]))
+    titles, outputs = list(dict.fromkeys(runs["title"])), list(outputs)
+    metrics = metrics[metrics["output"].isin(outputs)]
     # An empty variant comes back from a csv file as NaN.
     metrics, runs = (frame.assign(variant=frame["variant"].fillna("")) for frame in (metrics, runs))
     for (title, labelled), same in runs.groupby(["title", "labelled"], sort=False):
@@ -41,7 +45,7 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     if len(unknown):
         first = ", ".join(f"{name} {value!s}" for name, value in unknown.iloc[0].items())
         raise StudyError(f"metrics of {len(unknown)} run(s) are not in the table of runs ({first}): remake the tables")
-    for column, order in {"title": titles, "selection": SELECTIONS, "output": OUTPUTS}.items():
+    for column, order in {"title": titles, "selection": SELECTIONS, "output": outputs}.items():
         rows[column] = pd.Categorical(rows[column], categories=list(order), ordered=True)
     return rows
 
@@ -168,6 +172,40 @@ def formatted_optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFram
             "Last": table["last"].map(_number),
             "Published": table["published"].map(_number),
             "Difference": [_mean_and_sd(m, d) for m, d in zip(table["optimism"], table["optimism_sd"], strict=True)],
+        }
+    )
+
+
+def normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """What BatchNorm's running statistics cost: Dice of the final weights with them, and with each volume's own.
+
+    Returns:
+        A row a (labelled, title): ``running`` and ``own`` Dice of decoder 1 in %, ``difference`` as the mean over seeds
+        of own − running, ``difference_sd`` over seeds, ``seeds``. Rows from before there was this output are left out.
+    """
+    key = ["labelled", "title"]
+    rows = titled(metrics, runs, ("decoder1", OWN)).query("selection == 'last'")
+    dice = rows.pivot_table("dice", [*key, "seed"], "output", aggfunc="mean", observed=True)
+    dice = dice.reindex(columns=["decoder1", OWN]).dropna().set_axis(["running", "own"], axis=1) * 100
+    dice["difference"] = dice["own"] - dice["running"]
+    groups = dice.groupby(key, observed=True)
+    table = groups.mean()
+    table["difference_sd"] = groups["difference"].std(ddof=1)
+    table["seeds"] = groups.size()
+    return table.reset_index().astype({"title": str})
+
+
+def formatted_normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """:func:`normalisation` as text, for a page."""
+    table = normalisation(metrics, runs)
+    pairs = zip(table["difference"], table["difference_sd"], strict=True)
+    return pd.DataFrame(
+        {
+            "Labelled": table["labelled"].astype(str),
+            "Method": table["title"],
+            "Running statistics": table["running"].map(_number),
+            "Each volume's own": table["own"].map(_number),
+            "Difference": [_mean_and_sd(*pair) for pair in pairs],
         }
     )
 

@@ -8,11 +8,14 @@ import pandas as pd
 import pytest
 
 from mlrpl.errors import StudyError
+from mlrpl.evaluation import OWN
 from mlrpl.tables import (
     comparison,
     cost,
     difference,
     formatted,
+    formatted_normalisation,
+    normalisation,
     optimism,
     per_case,
     save,
@@ -251,3 +254,22 @@ def test_latex_of_the_whole_comparison_has_no_letter_that_latex_lacks(metrics, r
     save(formatted(comparison(metrics, runs, PAPER)), tmp_path, "comparison")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".md", ".tex"]
     assert (tmp_path / "comparison.tex").read_text(encoding="utf-8").isascii()
+
+
+def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(metrics, runs):
+    own = metrics.query("selection == 'last' and output == 'decoder1'").assign(output=OWN)
+    own["dice"] += 0.2 + 0.01 * own["seed"]
+    both = pd.concat([metrics, own])
+    table = normalisation(both, runs).set_index(["labelled", "title"])
+    assert len(table) == 6
+    first = table.loc[(8, "MLRPL")]
+    assert first["running"] == pytest.approx(row(comparison(metrics, runs), 8, "MLRPL")["dice"])
+    assert first["difference"] == pytest.approx(21)  # seeds 0, 1, 2
+    assert first["difference_sd"] == pytest.approx(1)
+    assert first["own"] == pytest.approx(first["running"] + 21)
+    assert pd.isna(table.loc[(16, "MLRPL"), "difference_sd"])
+    pd.testing.assert_frame_equal(comparison(both, runs), comparison(metrics, runs))  # the others know nothing of it
+    pd.testing.assert_frame_equal(optimism(both, runs), optimism(metrics, runs))
+    assert len(normalisation(metrics, runs)) == 0
+    assert len(formatted_normalisation(metrics, runs)) == 0
+    assert formatted_normalisation(both, runs)["Difference"].str.contains("±").sum() == 3
