@@ -3,13 +3,14 @@ PYTHON ?= python3
 STUDY ?= phantom
 JOBS ?= 2
 WORKERS ?= 2
+KILLS ?= 200
 
 SHELL := /bin/sh
 VENV := .venv
 STAMP := $(VENV)/.complete
 UNFINISHED := $(VENV)/.unfinished
 # The recipes read these from the environment, so that a value with spaces or quotes arrives as it was typed.
-export PYTHON STUDY DATASET DATA JOBS DEVICE ONLY ADOPT TORCH_INDEX
+export PYTHON STUDY DATASET DATA JOBS DEVICE ONLY ADOPT TORCH_INDEX ENGINE PARTITION GPUS TIME MEMORY ACCOUNT QOS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 ifeq ($(ENV),active)
@@ -20,8 +21,14 @@ else
   READY := $(STAMP)
 endif
 
+# Runs at a time: on a cluster as many as it gives, unless JOBS is typed.
+LIMIT := $(if $(and $(ENGINE),$(filter file,$(origin JOBS))),,--jobs "$$JOBS")
+
+CLUSTER := $(if $(ENGINE),--engine "$$ENGINE" $${PARTITION:+--partition "$$PARTITION"} $${GPUS:+--gpus "$$GPUS"} \
+	$${TIME:+--time "$$TIME"} $${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"})
+
 .DEFAULT_GOAL := help
-.PHONY: help reproduce data bench test test-all lab lint lock clean environment active-environment
+.PHONY: help reproduce data bench test test-all test-faults audit lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -34,6 +41,7 @@ help:  ## this list
 	@echo "  JOBS=2         runs at a time (results do not depend on it)"
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
 	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
+	@echo "  ENGINE=slurm   queue the runs on a cluster; with PARTITION, GPUS (a run), TIME, MEMORY, ACCOUNT, QOS"
 	@echo "  ADOPT=1        take committed results with the same key as finished"
 	@echo "  LAB=           options for jupyter lab"
 	@echo "  WORKERS=2      test processes at a time"
@@ -42,8 +50,8 @@ help:  ## this list
 	@echo "  ENV=active     use the active conda or virtual environment instead of .venv"
 
 reproduce: $(READY)  ## run a study and write results/STUDY/index.html
-	@$(BIN)mlrpl reproduce "$$STUDY" --jobs "$$JOBS" $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
-		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt)
+	@$(BIN)mlrpl reproduce "$$STUDY" $(LIMIT) $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
+		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt) $(CLUSTER)
 
 data: $(READY)  ## download a data set into data/
 	@$(BIN)mlrpl download "$${DATASET:?name one: make data DATASET=hippocampus}"
@@ -56,6 +64,13 @@ test: $(READY)  ## all fast tests
 
 test-all: $(READY)  ## all tests, slow ones too
 	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
+
+test-faults: $(READY)  ## every fault done for real, 200 kills among them; ends with a table
+	@KILLS=$(KILLS) $(BIN)python -m pytest -n $(WORKERS) --dist loadfile -m fault
+
+audit: $(READY)  ## known weaknesses of the locked packages; needs a network
+	@[ -x .venv-audit/bin/pip-audit ] || { "$$PYTHON" -m venv .venv-audit && .venv-audit/bin/python -m pip install pip-audit; }
+	@.venv-audit/bin/pip-audit --progress-spinner off --no-deps --disable-pip -r requirements.lock
 
 lab: $(READY)  ## JupyterLab with the notebooks, at the viewer of cases
 	@$(BIN)jupyter lab notebooks/07-explore.ipynb $(LAB)
@@ -101,6 +116,6 @@ lock:  ## write requirements.lock and environment.yml anew
 	@rm -rf .venv-lock build *.egg-info
 
 clean:  ## remove .venv and caches; runs/ and results/ stay
-	rm -rf $(VENV) .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lock .venv-audit build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "runs/ and results/ are as they were; delete them by hand if you mean to"

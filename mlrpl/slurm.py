@@ -157,7 +157,8 @@ def queue() -> dict[str, tuple[str, str]]:
 
 def cancel(place: Workplace) -> int:
     """Take the study's jobs out of the queue; running ones finish their checkpoints first. Returns how many."""
-    record, there = read_json(place.runs / "slurm.json"), queue()
+    record = read_json(place.runs / "slurm.json")
+    there = queue() if record else {}
     ours = [job for job in [record.get("report"), *record.get("runs", {}).values()] if job in there]
     for start in range(0, len(ours), 500):
         _slurm("scancel", *ours[start : start + 500])

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ class Command:
         log: where its output goes.
         environment: added to the job's.
     """
+
+    process: subprocess.Popen[bytes] | None = None
 
     def __init__(self, arguments: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
         self.arguments, self.log, self.environment = list(arguments), log, dict(environment)
@@ -44,12 +47,23 @@ class Command:
 
     def checkpoint(self) -> DelayedSubmission:
         """Called by submitit before a preemption or the time limit: save, and be queued again."""
-        self.process.terminate()
-        try:
-            self.process.wait(FINISHING_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()  # the last checkpoint by the clock is at most a minute old
+        if self.process:  # None: told before it was started
+            self.process.terminate()
+            deadline = time.monotonic() + FINISHING_SECONDS
+            while not _ended(self.process.pid):
+                if time.monotonic() > deadline:
+                    self.process.kill()  # the last checkpoint by the clock is at most a minute old
+                    break
+                time.sleep(0.2)
         return DelayedSubmission(Command(self.arguments, self.log, self.environment))
+
+
+def _ended(pid: int) -> bool:
+    """Asked of the system, since this is a signal's handler: what it interrupted may hold subprocess's own lock."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _ignore_announcement() -> None:

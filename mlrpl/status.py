@@ -27,7 +27,8 @@ def standings(place: Workplace) -> list[Standing]:
     """
     if not place.runs.is_dir():
         raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce")
-    jobs, queued = read_json(place.runs / "slurm.json").get("runs", {}), slurm.queue()
+    jobs = read_json(place.runs / "slurm.json").get("runs", {})
+    queued = slurm.queue() if jobs else {}
     return [_standing(job, queued.get(jobs.get(job.run.name, ""))) for job in place.jobs]
 
 

@@ -29,7 +29,7 @@ from mlrpl import training
 from mlrpl.files import atomic
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["kills", "matplotlib.pyplot", "IPython.display"])
+SERVER.set_forkserver_preload(["mlrpl.reproduce", "mlrpl.training", "matplotlib.pyplot", "IPython.display", "nbformat"])
 STUDY = {
     "name": "killed", "title": "Killed",
     "dataset": {"name": "drawn", "source": "phantom", "options": {"train": 4, "test": 2, "size": [24, 24, 16]}},
@@ -57,6 +57,13 @@ def run() -> None:
 
 def report() -> None:
     mlrpl.reproduce.reproduce("killed.yaml", report_only=True)
+
+
+def whole() -> None:
+    """The study from nothing to its report."""
+    prepare()
+    run()
+    report()
 
 
 def execute(notebook: str, destination: Path, **parameters: Any) -> None:
@@ -223,7 +230,7 @@ class Stage:
         return lost
 
 
-def write_study(folder: Path) -> Path:
+def write_study(folder: Path, **changes: Any) -> Path:
     folder.mkdir()
-    (folder / "killed.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "killed.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
     return folder

@@ -182,6 +182,7 @@ def test_invalid_device(refused, tmp_path):
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.fault("a second process at a run")
 def test_a_second_reproduce_of_the_same_study_is_refused(refused, tmp_path):
     study = write(tmp_path)
     (tmp_path / "runs/small").mkdir(parents=True)
@@ -190,6 +191,7 @@ def test_a_second_reproduce_of_the_same_study_is_refused(refused, tmp_path):
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.fault("a second process at a run")
 def test_a_run_that_another_process_trains_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     job = Workplace(write(tmp_path)).job("vnet-1-s0")
@@ -209,6 +211,7 @@ class Exhausting(SupervisedVNet):
         return {"total": torch.empty(2**60).sum()}
 
 
+@pytest.mark.fault("out of memory")
 def test_out_of_memory_says_which_setting_to_lower(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(METHODS, "exhausting", Exhausting)
@@ -230,6 +233,7 @@ class Dying(SupervisedVNet):
 """
 
 
+@pytest.mark.fault("a notebook kernel dies")
 def test_a_notebook_kernel_that_dies_is_told_and_harms_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -310,6 +314,7 @@ def fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.fault("full disk")
 def test_disk_full_while_preparing(refused, tmp_path, small_disk):
     disk = small_disk("500k")
     study = write(tmp_path, dataset={**DRAWN, "options": {"train": 9, "test": 1, "size": [32, 32, 16]}})
@@ -320,6 +325,7 @@ def test_disk_full_while_preparing(refused, tmp_path, small_disk):
     assert [path for path in (disk / "runs/stores").iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.fault("full disk")
 def test_disk_full_from_the_start(refused, tmp_path, small_disk):
     disk = small_disk("64k")
     fill(disk / "other.bin")
@@ -328,6 +334,7 @@ def test_disk_full_from_the_start(refused, tmp_path, small_disk):
     assert left_behind(disk) == left_behind(tmp_path) == []
 
 
+@pytest.mark.fault("full disk")
 def test_disk_full_at_a_checkpoint_keeps_the_last_one(tmp_path, monkeypatch, small_disk):
     """With room for small files but not for weights; torch.save alone would speak of an unexpected position."""
     disk = small_disk("8m")
@@ -379,6 +386,7 @@ def reproduce(study: str, cwd: Path, **environment: str) -> subprocess.Completed
     )  # fmt: skip
 
 
+@pytest.mark.fault("full disk")
 def test_disk_full_while_training(small_disk):
     disk = small_disk("16m")
     (disk / "filling.py").write_text(FILLING)
@@ -427,6 +435,7 @@ def public_folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("locked", [".", "runs", "results"])
+@pytest.mark.fault("read-only folder")
 def test_read_only_output(public_folder, locked):
     study = write(public_folder)
     if locked != ".":

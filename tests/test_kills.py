@@ -59,3 +59,23 @@ def test_killed_anywhere_it_ends_with_the_right_bytes(stages, stage, record_prop
     record_property("tried", times)
     record_property("lost", lost)
     assert lost == 0, f"seed {seed}"
+
+
+@pytest.mark.fault("two studies write into the same folders")
+def test_two_studies_that_share_their_folders_do_not_harm_each_other(tmp_path):
+    """At the same time, on the same case store and the same page over all studies."""
+    for shared in ("runs", "results"):
+        (tmp_path / shared).mkdir()
+    for name in ("first", "second"):
+        folder = kills.write_study(tmp_path / name, name=name, title=name)
+        for shared in ("runs", "results"):
+            (folder / shared).symlink_to(tmp_path / shared)
+    processes = [kills.start(kills.whole, tmp_path / name)[0] for name in ("first", "second")]
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0]
+    rows = [(tmp_path / "results" / name / "metrics.csv").read_text() for name in ("first", "second")]
+    assert rows[0].replace("first", "second") == rows[1]
+    overview = (tmp_path / "results/index.html").read_text()
+    assert all(f'href="{name}/index.html"' in overview for name in ("first", "second"))
+    assert list(tmp_path.rglob("*.partial*")) == []

@@ -37,6 +37,7 @@ def other(tmp_path):
     process.join()
 
 
+@pytest.mark.fault("a lock's holder is killed")
 def test_a_lock_has_one_holder_and_a_crash_releases_it(tmp_path, other):
     with pytest.raises(StudyError, match="busy"), locked(tmp_path, "busy"):
         pass
@@ -51,6 +52,7 @@ def test_a_lock_has_one_holder_and_a_crash_releases_it(tmp_path, other):
     assert holder(tmp_path) is None
 
 
+@pytest.mark.fault("a second process at a run")
 def test_where_the_file_system_does_not_share_flock_the_lease_still_holds(tmp_path, other, monkeypatch):
     """As two machines see it: each is granted the flock of its own."""
     monkeypatch.setattr(locks, "FileLock", lambda path, timeout: FileLock(f"{path}.mine", timeout=timeout))

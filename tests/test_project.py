@@ -194,9 +194,11 @@ INSTALLATION = [
 
 def test_help_is_the_default_and_lists_every_target(make):
     shown = make().stdout
-    for target in ("reproduce", "data", "test", "test-all", "lab", "lint", "lock", "clean"):
+    targets = "reproduce data bench test test-all test-faults audit lab lint lock clean"
+    for target in targets.split():
         assert re.search(rf"^  {target} ", shown, re.M), target
-    for variable in ("STUDY", "DATA", "DATASET", "JOBS", "DEVICE", "ONLY", "ADOPT", "ENV", "PYTHON", "TORCH_INDEX"):
+    variables = "STUDY DATA DATASET JOBS DEVICE ONLY ENGINE ADOPT ENV PYTHON TORCH_INDEX"
+    for variable in variables.split():
         assert f"  {variable}=" in shown
     assert make.calls() == []
 
@@ -239,6 +241,21 @@ def test_data_names_its_data_set(make):
     made = make("data")
     assert made.returncode != 0
     assert "make data DATASET=hippocampus" in made.stderr
+
+
+def test_a_cluster_gets_what_is_asked_of_it_and_no_limit_of_runs_unless_typed(make):
+    make("reproduce", "STUDY=la", "ENGINE=slurm", "PARTITION=gpu", "GPUS=1", "TIME=2-0")
+    words = ["reproduce", "la", "--engine", "slurm", "--partition", "gpu", "--gpus", "1", "--time", "2-0"]
+    assert make.calls()[-1] == "".join(f"[{word}]" for word in words)
+    make("reproduce", "ENGINE=slurm", "JOBS=9")
+    assert make.calls()[-1] == "[reproduce][phantom][--jobs][9][--engine][slurm]"
+    make("reproduce", TIME="%E real")  # somebody's own variable
+    assert make.calls()[-1] == "[reproduce][phantom][--jobs][2]"
+
+
+def test_the_fault_tests_are_a_target_of_their_own(make):
+    make("test-faults")
+    assert make.calls()[-1] == "python -m pytest -n 2 --dist loadfile -m fault"
 
 
 def test_slow_tests_run_on_request(make):

@@ -523,6 +523,7 @@ def test_the_readmes_tenth_method_is_compared_with_the_others(own):
     assert rows[2:] == ["Own", "Own", "Entropy"]  # with one decoder there is no mean of several
 
 
+@pytest.mark.fault("kill -9 of the whole command")
 def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     """kill -9 of the command alone, while a run trains: its processes end, and the next command resumes."""
     write(tmp_path, OWN)
@@ -559,6 +560,7 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     assert [path.name for path in tmp_path.rglob("*.partial*")] == []
 
 
+@pytest.mark.fault("Ctrl-C or SIGTERM")
 def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tmp_path, monkeypatch):
     """SIGINT for the command alone, as Ctrl-C would reach it; no checkpoint is due by the clock."""
     write(tmp_path, OWN)

@@ -135,6 +135,7 @@ else:
 
 
 @pytest.mark.parametrize("how", ["announced", "requeued"])
+@pytest.mark.fault("a Slurm job is preempted or queued again")
 def test_a_job_that_is_preempted_saves_and_goes_on(cluster, tmp_path, monkeypatch, how):
     """Slurm's announcement of a preemption or time limit reaches every process of the job, as it does here."""
     monkeypatch.chdir(tmp_path)
@@ -150,6 +151,12 @@ def test_a_job_that_is_preempted_saves_and_goes_on(cluster, tmp_path, monkeypatc
     wait((tmp_path / "done").exists)
     assert (tmp_path / "done").read_text() == "after checkpoint"
     wait(lambda: not queue())
+
+
+def test_an_announcement_before_the_process_is_started_is_no_error():
+    command = Command(["true"], "work.log", {"A": "b"})
+    again = command.checkpoint().function
+    assert (again.arguments, again.log, again.environment) == (command.arguments, command.log, command.environment)
 
 
 # The notebooks' code without Jupyter, so that many runs take little; and slow enough to be hit in the middle.

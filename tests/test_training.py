@@ -183,6 +183,7 @@ def undisturbed(store, tmp_path_factory) -> Path:
     ("save", 4, 4),  # the checkpoint of a better check is written, published.pt is not
     ("step", 2, 0),  # before the first checkpoint
 ], ids=str)  # fmt: skip
+@pytest.mark.fault("kill -9 in train")
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(store, undisturbed, tmp_path, moment, at, rows):
     folder = tmp_path / "run"
     killed_child(example(iterations=20), store, folder, moment, at)
@@ -217,6 +218,7 @@ def test_published_weights_are_right_where_iterations_done_again_would_differ(st
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.fault("Ctrl-C or SIGTERM")
 def test_asked_to_end_it_finishes_the_checkpoint_and_says_how_to_go_on(store, tmp_path, monkeypatch, number):
     run, folder, step = example(), tmp_path / "run", Trainer._step
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -491,6 +493,7 @@ class Diverging(MLRPL):
 
 
 @pytest.mark.parametrize(("what", "said"), [("loss", "the loss is nan"), ("gradient", "a weight is not finite")])
+@pytest.mark.fault("a loss or weight that is not finite")
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(
     store, tmp_path, monkeypatch, checkpoints_every, what, said
 ):
@@ -551,6 +554,7 @@ def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(store, undistu
         train(example(iterations=20), store, tmp_path)
 
 
+@pytest.mark.fault("a damaged checkpoint")
 def test_a_damaged_checkpoint_is_named(store, undisturbed, tmp_path):
     data = (undisturbed / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2])

@@ -1,0 +1,78 @@
+"""What `mlrpl status` and `mlrpl cancel` say of runs on this machine; on Slurm: test_slurm.py."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlrpl import cli
+from mlrpl.errors import StudyError
+from mlrpl.files import write_json
+from mlrpl.locks import locked
+from mlrpl.status import described, standings
+from mlrpl.study import Workplace
+
+STUDY = {
+    "name": "stands", "title": "Stands", "seeds": [0, 1, 2, 3, 4],
+    "dataset": {"name": "drawn", "source": "phantom", "options": {"train": 3, "test": 1, "size": [24, 24, 16]}},
+    "settings": {
+        "patch": [16, 16, 16], "stride": [8, 8, 16], "filters": 2, "iterations": 2, "check_from": 2, "check_every": 2,
+        "precision": "float32",
+    },
+    "runs": [{"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Workplace:
+    monkeypatch.chdir(tmp_path)
+    Path("stands.yaml").write_text(yaml.safe_dump(STUDY))
+    return Workplace("stands.yaml")
+
+
+def test_nothing_run_yet_is_said(place):
+    with pytest.raises(StudyError, match="study stands: nothing in runs/ yet; type mlrpl reproduce"):
+        standings(place)
+
+
+def test_every_state_is_told_with_its_detail(place):
+    finished, running, failed, stopped, _ = place.jobs
+    for job in (running, failed, stopped):
+        job.folder.mkdir(parents=True)
+    place.train(finished.run.name, "cpu")
+    place.evaluate(finished.run.name, "cpu")
+    for notebook in ("02-train", "03-evaluate"):
+        (finished.folder / f"{notebook}.ipynb").touch()
+    write_json(running.folder / "progress.json", {"iteration": 1, "iterations": 2, "seconds_left": 600})
+    (failed.folder / "worker.log").write_text("noise\nmlrpl: run vnet-1-s2: the loss is nan at iteration 7\n")
+    (stopped.folder / "worker.log").write_text("mlrpl: run vnet-1-s3: interrupted; the same command goes on\n")
+    with locked(running.folder, "busy"):
+        found = {standing.run: standing for standing in standings(place)}
+        text = described(place)
+    assert [standing.state for standing in found.values()] == ["finished", "running", "failed", "stopped", "waiting"]
+    assert found["vnet-1-s1"].detail.startswith("iteration 1 of 2, 10 min left; process ")
+    log = failed.folder / "worker.log"
+    assert found["vnet-1-s2"].detail == f"run vnet-1-s2: the loss is nan at iteration 7 ({log})"
+    head, *lines = text.splitlines()
+    assert head == "Study stands: 5 runs: 1 finished, 1 running, 1 failed, 1 stopped, 1 waiting"
+    assert len(lines) == 5
+
+
+def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):
+    asked = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    monkeypatch.setattr(sys, "argv", ["mlrpl", "cancel", "stands.yaml"])
+    place.runs.mkdir(parents=True)
+    try:
+        with locked(place.runs, "busy"), pytest.raises(SystemExit, match="0"):
+            cli.main()
+        assert asked == [signal.SIGINT]
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    told = capfd.readouterr().out.splitlines()
+    assert told[0].startswith("asked to end: process ")
+    assert told[1] == "study stands: nothing is queued or running"
