@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -405,6 +406,33 @@ def intensity_histograms(cases: Sequence[Case], classes: Sequence[str]) -> Figur
     grid[0, 0].legend(handles=[Line2D([], [], color=SPLIT_COLOURS[split], label=split) for split in splits])
     grid[0, 1].set_title("Each class")
     grid[0, 1].legend()
+    return figure
+
+
+@styled
+def grids(store: Store) -> Figure:
+    """Voxel size and field of view of every case as it came, by axis and split; where the size is unknown, voxels."""
+    known = store.real_spacing
+    rows: dict[str, list[dict]] = {split: [] for split in SPLIT_COLOURS}
+    for case in store.index["cases"]:
+        rows[case["split"]].append(case["original"] or case)
+    splits = [split for split, cases in rows.items() if cases]
+    size = (WIDTH if known else 0.6 * WIDTH, 0.9 + 0.33 * 3 * len(splits))
+    figure = NotebookFigure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, 2 if known else 1, squeeze=False, sharey=True)[0]
+    for ax, what in zip(axes[::-1], ("extent", "spacing"), strict=False):
+        for place, (axis, split) in enumerate(product(range(3), splits)):
+            spacing = np.array([case["spacing"][axis] for case in rows[split]], dtype=float)
+            extent = np.array([case["shape"][axis] for case in rows[split]]) * (spacing if known else 1)
+            values = spacing if what == "spacing" else extent
+            _dots_and_box(ax, values, place, SPLIT_COLOURS[split], jitter=0.12)
+        ax.set(ylim=(3 * len(splits) - 0.5, -0.6), xlim=(0, None))
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False, axis="y")
+        unit = "mm" if known else "voxels"
+        ax.set_xlabel(f"field of view ({unit})" if what == "extent" else "voxel size (mm)")
+    axes[0].set_yticks(range(3 * len(splits)), [f"{axis}, {split}" for axis in "xyz" for split in splits])
+    _legend(figure, _dots_and_box_handles())
     return figure
 
 
