@@ -24,7 +24,7 @@ from torch import Tensor
 from mlrpl.config import study_names
 from mlrpl.data import Case
 from mlrpl.errors import StudyError
-from mlrpl.figures import _class_colour, _fitted, _image_grid, _legend, _outline, _show, styled
+from mlrpl.figures import _class_colour, _fitted, _halo, _image_grid, _legend, _outline, _show, styled
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
@@ -208,7 +208,7 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
         _fitted(ax.set_title, column, panel)
     if picture is not None:
         figure.colorbar(picture, ax=grid[:, -1], shrink=0.7, aspect=25)
-    handles: list[Any] = [Line2D([], [], color="0.6", linewidth=1.5, label="reference (white)")]
+    handles: list[Any] = [Line2D([], [], color="white", linewidth=2, path_effects=_halo(2), label="reference")]
     handles += [Line2D([], [], color=_class_colour(c), label=f"prediction: {n}") for c, n in enumerate(classes) if c]
     if shown.weight is not None:
         handles.append(Patch(color=DISAGREE_COLOUR, label="decoders disagree"))

@@ -1,6 +1,7 @@
 """Pages stand alone, say what they are given, and work in a browser without a network."""
 
 import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -11,6 +12,7 @@ from nbformat import v4
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 
+ROOT = Path(__file__).parents[1]
 WIDE = pd.DataFrame([[f"{10 * row + column:.3f}" for column in range(14)] for row in range(3)])
 
 
@@ -189,6 +191,30 @@ def test_page_fits_and_loads_without_a_network(kind, width, request, browser):
     if kind == "page":  # unfolded code scrolls in its own box
         browser.click("#all-code")
         assert browser.evaluate("document.documentElement.scrollWidth") == width
+
+
+KINDS = {  # of the pages that are committed
+    "overview": "results/index.html",
+    "study": "results/*/index.html",
+    "notebook": "results/*/0[1-7]-*.html",
+    "run": "results/*/runs/*.html",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_committed_pages_work_on_a_phone_without_a_network(kind, browser):
+    pages = sorted(ROOT.glob(KINDS[kind]))
+    if not pages:
+        pytest.skip("no results are committed")
+    by_name = {re.sub(r".*-(?=train|evaluate)", "", page.name): page for page in pages}  # one of each kind
+    for page in by_name.values():
+        browser.open(page, width=390, mobile=True)
+        assert browser.problems == [], page
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390, page
+        assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), page
+        links = browser.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))")
+        local = [link for link in links if not link.startswith(("#", "http"))]
+        assert [link for link in local if not (page.parent / link.partition("#")[0]).exists()] == [], page
 
 
 def test_the_network_really_is_cut(tmp_path, browser):
