@@ -12,6 +12,7 @@ from mlrpl.config import Run
 from mlrpl.data import Case, Store
 from mlrpl.files import atomic
 from mlrpl.inference import sliding_window
+from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.precision import Precision
@@ -47,11 +48,12 @@ def test_dice(method: Method, cases: Iterable[Case], device: torch.device, preci
     """Decoder 1's Dice, mean over cases and foreground classes: what the published protocol selects by."""
     scores = []
     for case in cases:
-        predicted = predict_case(method, case, ("decoder1",), device, precision)[0].argmax(0).cpu().numpy()
+        (predicted,) = hard_labels(predict_case(method, case, ("decoder1",), device, precision))
+        label = torch.from_numpy(case.label).to(device)
         for c in range(1, method.num_classes):
-            ours, reference = predicted == c, case.label == c
-            size = ours.sum() + reference.sum()
-            scores.append(2 * (ours & reference).sum() / size if size else 1.0)
+            ours, reference = predicted == c, label == c
+            size = (ours.sum() + reference.sum()).item()
+            scores.append(2 * (ours & reference).sum().item() / size if size else 1.0)
     return float(np.mean(scores))
 
 
@@ -92,7 +94,7 @@ def evaluate(
         for n, case_id in enumerate(cases):
             case = store.load(case_id)
             probabilities = predict_case(method, case, method.outputs, device, precision)
-            for output, predicted in zip(method.outputs, probabilities.argmax(1).cpu().numpy(), strict=True):
+            for output, predicted in zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True):
                 if selection == "last" and output == "decoder1":
                     label_maps[case_id] = predicted.astype(np.uint8)
                 for c, name in enumerate(store.classes[1:], start=1):

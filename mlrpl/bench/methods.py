@@ -23,12 +23,14 @@ from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.networks import VNet, count_parameters
 from mlrpl.precision import choose_precision
+from mlrpl.process import tune
 from mlrpl.training import (
     find_device,
     make_optimizer,
     optimise,
     peak_memory_mb,
     seed_iteration,
+    stage,
     to_device,
 )
 
@@ -104,8 +106,9 @@ def measure(name: str, size: Size, device: torch.device, repeats: int) -> dict[s
 
 
 def _method_step(name: str, size: Size, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    tune(device)
     method = make_method(name, size, device)
-    batch = make_batch(method, size)
+    batch = stage(make_batch(method, size), device)
     precision = choose_precision("auto", method.network, size.patch, sum(size.batch), device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "float16")
     optimizer = make_optimizer(method)
@@ -126,7 +129,7 @@ def _plain_step(size: Size, device: torch.device) -> tuple[Any, dict[str, Any]]:
     network = yardstick().PlainVNet(1, size.classes, size.filters, size.upsamplings).to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     batch = to_device(make_batch(make_method("mlrpl", replace(size, filters=1), device), size), device)
-    image = batch.image.contiguous()
+    image = batch.image
     facts = {"precision": FLOAT32.name, "parameters": count_parameters(network), "passes": 1, "volumes": len(image)}
     return lambda: yardstick().train_step(network, optimizer, image, batch.label, 0.1), facts
 

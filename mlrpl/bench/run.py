@@ -14,6 +14,7 @@ from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, metrics, mutual_losses, sliding_windows, training_step
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
+from mlrpl.process import tune
 from mlrpl.provenance import environment
 from mlrpl.training import find_device
 
@@ -54,6 +55,7 @@ def bench(
         StudyError: for a device that is not there, or where both formulations differ.
     """
     place = find_device(device)
+    tune(place)
     machine = hardware.capabilities(place)
     say(", ".join(f"{name}: {value}" for name, value in machine.items()))
     folder = Path(results) / ("bench" if place.type == "cpu" else f"bench-{place.type}")
