@@ -92,15 +92,23 @@ def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Map
     return page
 
 
-def _machine_text(speed: Mapping[str, Mapping[str, float]]) -> str:
-    step, ceiling = speed["step"], speed["ceiling"]
-    return (
+def _machine_text(speed: Mapping[str, Mapping[str, Any]]) -> str:
+    step, ceiling, compiled = speed["step"], speed["ceiling"], speed.get("compiled")
+    text = (
         f"A step of MLRPL computes {step['step_tflop']:.3g} TFLOP and moves about {step['step_gb']:.3g} GB (each "
         f"operation's tensors counted once): {step['tflops']:.3g} TFLOP/s and {step['gb_per_s']:.3g} GB/s. A "
         f"large matrix product reaches {ceiling['tflops']:.3g} TFLOP/s here, a large copy "
         f"{ceiling['gb_per_s']:.3g} GB/s. Below, the costliest operations of one step; the timeline opens in "
         "ui.perfetto.dev."
     )
+    if compiled and "note" in compiled:
+        text += f" {compiled['note']}."
+    elif compiled:
+        text += (
+            f" With torch.compile of the network a step takes {compiled['step_s']:.3g} s, after a first one of "
+            f"{compiled['first_s']:.3g} s."
+        )
+    return text
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from mlrpl.bench import hardware
-from mlrpl.bench.methods import PLAIN, costs
+from mlrpl.bench.methods import PLAIN, compiled_step, costs
 from mlrpl.bench.page import write_page
 from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, metrics, mutual_losses, sliding_windows, training_step
@@ -82,7 +82,9 @@ def bench(
     work = training_step(size, place)
     took = min(row["ours_s"] for row in rows if row["work"] == work.name)
     work.ours()
-    speed = {"ceiling": hardware.ceilings(place, quick), "step": hardware.achieved(work.ours, took)}
+    speed: dict[str, Any] = {"ceiling": hardware.ceilings(place, quick), "step": hardware.achieved(work.ours, took)}
+    if place.type == "cuda":
+        speed["compiled"] = compiled_step(size, place, 10)
     profile = hardware.timeline(work.ours, place, folder / "step-trace.json.gz")
 
     tables = {
