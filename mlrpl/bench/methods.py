@@ -36,7 +36,7 @@ from mlrpl.training import (
 )
 
 PLAIN = "plain"  # MLRPL in the plain formulation
-SPARE = 700e6  # bytes that a measurement leaves to the rest of the machine
+SPARE = 1.5e9  # bytes that a measurement leaves to the rest of the machine
 POLL_SECONDS = 0.1
 
 
