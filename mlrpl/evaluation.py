@@ -20,6 +20,7 @@ from mlrpl.config import Run
 from mlrpl.data import Case, Store
 from mlrpl.files import atomic
 from mlrpl.inference import sliding_window
+from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
@@ -73,11 +74,12 @@ def test_dice(method: Method, cases: Iterable[Case], device: torch.device, preci
     """Decoder 1's Dice, mean over cases and foreground classes: what the published protocol selects by."""
     scores = []
     for case in cases:
-        predicted = predict_case(method, case, ("decoder1",), device, precision)[0].argmax(0).cpu().numpy()
+        (predicted,) = hard_labels(predict_case(method, case, ("decoder1",), device, precision))
+        label = torch.from_numpy(case.label).to(device)
         for c in range(1, method.num_classes):
-            ours, reference = predicted == c, case.label == c
-            size = ours.sum() + reference.sum()
-            scores.append(2 * (ours & reference).sum() / size if size else 1.0)
+            ours, reference = predicted == c, label == c
+            size = (ours.sum() + reference.sum()).item()
+            scores.append(2 * (ours & reference).sum().item() / size if size else 1.0)
     return float(np.mean(scores))
 
 
@@ -118,13 +120,13 @@ def evaluate(
         for n, case_id in enumerate(cases):
             case = store.load(case_id)
             probabilities = predict_case(method, case, method.outputs, device, precision)
-            maps = dict(zip(method.outputs, probabilities.argmax(1).cpu().numpy(), strict=True))
+            maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
             if selection == "last":
                 label_maps[case_id] = maps["decoder1"].astype(np.uint8)
                 if math.prod(method.settings.patch) > STRIDE**3:  # else the bottleneck is one voxel: no statistics
                     with own_statistics(method):
                         alone = predict_case(method, case, ("decoder1",), device, precision)
-                    maps[OWN] = alone[0].argmax(0).cpu().numpy()
+                    maps[OWN] = hard_labels(alone)[0].cpu().numpy()
             for output, predicted in maps.items():
                 for c, name in enumerate(store.classes[1:], start=1):
                     measured = case_metrics(

@@ -1,6 +1,7 @@
 """Reduced precision is used only where its gradients are right, and the check leaves no trace."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from mlrpl import precision
 from mlrpl.networks import VNet, to_channels_last
 from mlrpl.precision import TOLERANCE, Precision, choose_precision, worst_layer
+from mlrpl.provenance import instructions
 
 CPU = torch.device("cpu")
 WRONG = (32, 16, 16)  # two voxels at the bottleneck's first side
@@ -133,3 +135,18 @@ def test_the_answer_is_always_the_same(network):
     torch.manual_seed(2)
     second = choose_precision("bfloat16", network, WRONG, 2, CPU)
     assert first.name == second.name
+
+
+def test_a_torch_that_does_not_tell_the_cpus_instructions_leaves_it_to_the_system(monkeypatch):
+    told = instructions()
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    instructions.cache_clear()
+    try:
+        if Path("/proc/cpuinfo").exists():
+            assert instructions() == told
+        monkeypatch.setattr("mlrpl.provenance._cpu_flags", lambda: {"avx2", "avx512_bf16", "fma"})
+        instructions.cache_clear()
+        assert instructions() == {"avx2", "avx512_bf16"}
+        assert precision.fastest(CPU) == "bfloat16"
+    finally:
+        instructions.cache_clear()

@@ -26,7 +26,7 @@ from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.reliability import mutual_loss
-from mlrpl.training import make_optimizer, optimise, seed_iteration, to_device
+from mlrpl.training import make_optimizer, optimise, seed_iteration, stage, to_device
 
 FLOAT32 = Precision("float32")
 BETA = 0.1  # β of the timed steps
@@ -112,12 +112,12 @@ def make_batch(method: Method, size: Size) -> Batch:
 
 def layers(network: VNet) -> Iterator[nn.Module]:
     """A network's parts in the order data flows, which is the order of the yardstick's parameters."""
-    for level, stage in enumerate(network.encoder.stages):
-        yield stage
+    for level, blocks in enumerate(network.encoder.stages):
+        yield blocks
         yield from network.encoder.downs[level : level + 1]
     for decoder in network.decoders:
-        for up, stage in zip(decoder.ups, decoder.stages, strict=True):
-            yield from (up, stage)
+        for pair in zip(decoder.ups, decoder.stages, strict=True):
+            yield from pair
         yield decoder.head
 
 
@@ -180,12 +180,13 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
     still = torch.amp.GradScaler(device.type, enabled=False)
     plain_optimizer = torch.optim.SGD(pair.plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     batch = make_batch(method, size)
+    staged = stage(batch, device)
     iteration = settings.ramp_iterations
 
     def ours(precision: Precision = pair.precision, scaler: torch.amp.GradScaler = scaler) -> dict[str, Tensor]:
         generator = seed_iteration(0, iteration, device)
         step = Step(iteration, settings.iterations, generator)
-        return optimise(method, to_device(batch, device), step, optimizer, scaler, precision)
+        return optimise(method, to_device(staged, device), step, optimizer, scaler, precision)
 
     def plain() -> dict[str, float]:
         seed_iteration(0, iteration, device)
