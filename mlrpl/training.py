@@ -507,7 +507,15 @@ def progress_bar(run: Run) -> Iterator[Callable[[Progress], None]]:
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Largest memory of this process (CPU) or of PyTorch on the GPU so far, in MB."""
+    """Largest memory of this process (CPU) or of PyTorch on the GPU so far, in MB.
+
+    Linux's own account is read first: getrusage's also holds what the process that started this one had.
+    """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes * 1024 / 1e6)

@@ -1,5 +1,7 @@
 """The bench: both formulations agree and a difference is seen, rows and verdicts, the whole command at tiny size."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +73,14 @@ def test_the_cost_of_a_method_counts_teachers_and_perturbed_passes():
         assert cost["seconds"] > 0 and cost["peak_memory_mb"] > 0
     plain, ours = measure("plain", TINY, CPU, 1), measure("mlrpl", TINY, CPU, 1)
     assert plain["parameters"] == ours["parameters"]
+
+
+def test_peak_memory_of_a_process_is_its_own():
+    """getrusage would tell what this process held when it started the other one."""
+    large = np.ones(150_000_000)
+    code = "import torch; from mlrpl.training import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < large.nbytes / 1e6
 
 
 def test_flops_and_bytes_of_a_product_are_counted():
