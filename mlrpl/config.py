@@ -6,6 +6,7 @@ training each. A run's key is a hash of all that its result depends on: two runs
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
@@ -138,7 +139,7 @@ class Run(Model):
         return f"{self.variant}-{self.labelled}-s{self.seed}"
 
     def key(
-        self, fingerprint: str, result_version: int, defaults: dict[str, Any], unused: Collection[str] = ()
+        self, fingerprint: str, result_version: int | str, defaults: dict[str, Any], unused: Collection[str] = ()
     ) -> str:
         """16 hexadecimal digits that change when, and only when, the result may.
 
@@ -260,6 +261,8 @@ def _count(content: Any, left: int = MOST_VALUES, depth: int = 0) -> int:
 def load_study(name: str) -> Study:
     """Read a study by name, or from a path that ends in .yaml.
 
+    Modules beside such a file can be imported from then on: methods of one's own may lie there.
+
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
@@ -268,6 +271,8 @@ def load_study(name: str) -> Study:
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
+    if isinstance(file, Path) and (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     content = _bounded_yaml(file)
     study = _validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]

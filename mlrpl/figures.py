@@ -25,9 +25,10 @@ from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
 from mlrpl.data.store import Case, Store
-from mlrpl.tables import chosen, per_case, titled
+from mlrpl.tables import chosen, comparison, per_case, titled
 
 WIDTH = 7.2  # inches, both columns
+SCREEN = 130  # pixels an inch where a notebook shows a figure
 STYLE = {
     "text.parse_math": False,  # titles and case names are text, also with a $ in them
     "font.family": "DejaVu Sans",
@@ -70,6 +71,7 @@ METHOD_COLOURS = {
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 SPLIT_COLOURS = {"train": "#0072B2", "val": "#009E73", "test": "#D55E00"}
 STEPS = [1, 2, 4, 5, 10]  # between ticks
+MOST_COLUMNS = 6  # of methods in a row of contours
 POINTS = 150  # drawn per curve: more cannot be seen, and files would grow large
 
 P = ParamSpec("P")
@@ -81,7 +83,7 @@ class NotebookFigure(Figure):
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"], facecolor="white")
-        return buffer.getvalue(), {"width": round(100 * self.get_figwidth())}
+        return buffer.getvalue(), {"width": round(SCREEN * self.get_figwidth())}
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -252,6 +254,36 @@ def distributions(
     return figure
 
 
+@styled
+def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Dice of final weights, decoder 1, over the number of labelled cases: a line a method, its mean over cases.
+
+    Bars: standard deviation over seeds, where there are several. A method alone at its number is a dashed level.
+    """
+    rows = panels(runs)
+    table = comparison(metrics, runs).query("selection == 'last' and output == 'decoder1'")
+    table = table.set_index(["title", "labelled"])
+    levels = [labelled for labelled, _ in rows]
+    series = {one.name: one for _, group in rows for one in group}
+    figure = NotebookFigure(figsize=(0.75 * WIDTH, 2.8), layout="constrained")
+    ax = figure.subplots()
+    solid = [one for one in series.values() if one.line == "-"]
+    dodge = np.linspace(-0.2, 0.2, len(solid)) if len(solid) > 1 else [0.0]
+    for one, shift in zip(solid, dodge, strict=True):
+        mine = table.loc[one.title].reindex(levels).dropna(subset="dice")
+        places = [levels.index(labelled) + shift for labelled in mine.index]
+        style = {"color": one.colour, "markersize": 4, "linewidth": 1, "elinewidth": 0.7}
+        ax.errorbar(places, mine["dice"], mine["dice_sd"].fillna(0), marker="o", **style)
+    for one in series.values():
+        if one.line != "-":
+            ax.axhline(table.loc[(one.title, one.labelled), "dice"], color=one.colour, linestyle=one.line, linewidth=1)
+    ax.set_xticks(range(len(levels)), levels)
+    ax.set(xlim=(-0.5, len(levels) - 0.5), xlabel="labelled cases", ylabel="Dice of test cases (%)")
+    ax.grid(False, axis="x")
+    figure.legend(handles=_line_handles(rows), loc="outside right center")
+    return figure
+
+
 @dataclass(frozen=True)
 class CaseView:
     """A test case and what methods predict for it: a row of :func:`contours`.
@@ -272,24 +304,28 @@ class CaseView:
 def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
     """Contours of reference and prediction on the x-y slice with the largest reference area.
 
-    A row a case, a column a method; the window is the same for all cases, in mm, and holds all that is drawn.
+    A row a case, or several where there are many methods, a column a method; the window is the same for all cases, in
+    mm, and holds all that is drawn.
 
     Args:
         views: The cases, all with predictions of the same titles.
         classes: Names of the classes, background first.
     """
     titles = list(views[0].predictions)
+    lines = ceil(len(titles) / MOST_COLUMNS)
+    columns = ceil(len(titles) / lines)
     slices = [int((view.reference > 0).sum(axis=(0, 1)).argmax()) for view in views]
     boxes = [_box_around(view, z) for view, z in zip(views, slices, strict=True)]
     sizes = [np.multiply(view.image.shape[:2], view.spacing[:2]) for view in views]
     window = np.minimum(np.max([high - low for low, high in boxes], axis=0), np.max(sizes, axis=0))
-    figure, grid, panel = _image_grid([window[1] / window[0]] * len(views), len(titles))
+    figure, grid, panel = _image_grid([window[1] / window[0]] * len(views) * lines, columns)
     weight = min(1, 0.3 + panel / 2)  # of lines and letters in small panels
-    for axes, view, z, (low, high), size in zip(grid, views, slices, boxes, sizes, strict=True):
+    blocks = grid.reshape(len(views), -1)
+    for row, (axes, view, z, (low, high), size) in enumerate(zip(blocks, views, slices, boxes, sizes, strict=True)):
         half = np.minimum(window, size) / 2
         centre = np.clip((low + high) / 2, half, size - half)
         limits = np.percentile(view.image, (1, 99.5))
-        for ax, title in zip(axes, titles, strict=True):
+        for ax, title in zip(axes, titles, strict=False):
             _show(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
             for index in range(1, len(classes)):
                 _outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 2 * weight, halo=True)
@@ -299,9 +335,11 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
             if title in view.dice:
                 style = {"color": "white", "fontsize": 7.5 * weight, "path_effects": _halo(0.7)}
                 ax.text(0.03, 0.03, f"Dice {100 * view.dice[title]:.1f} %", transform=ax.transAxes, **style)
+            if row == 0 or lines > 1:
+                _fitted(ax.set_title, title, panel)
+        for ax in axes[len(titles) :]:
+            ax.set_axis_off()
         _fitted(axes[0].set_ylabel, view.name, window[1] / window[0] * panel)
-    for ax, title in zip(grid[0], titles, strict=True):
-        _fitted(ax.set_title, title, panel)
     reference = Line2D([], [], color="white", linewidth=2, path_effects=_halo(2), label="reference")
     predicted = _class_handles(classes)
     for handle in predicted:

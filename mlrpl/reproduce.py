@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
 from mlrpl.files import atomic, read_json, write_json
 from mlrpl.locks import holder, locked
+from mlrpl.methods import volumes_a_step
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.results import Results, collect
@@ -42,9 +44,12 @@ COMPARISON = """*Last*: the weights after the final iteration. *Published*: the 
 among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
 seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
 left out of the distances (the published code averages zeros there)."""
+COST = """Median over a method's runs, on the device and in the precision of the table of runs below; runs side by side
+slow one another down. Passes without gradient count as volumes too."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
+    "label-efficiency": "Final weights, decoder 1; bars are the standard deviation over seeds.",
     "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
     "and a pseudo-labelled foreground that fall together towards zero.",
     "checks": "The published protocol's checks.",
@@ -75,7 +80,7 @@ def reproduce(
         jobs: runs at a time.
         device: "cpu", "cuda", …; default a GPU where there is one.
         only: see `mlrpl.study.pending`.
-        adopt: take committed rows whose key matches as finished.
+        adopt: take committed rows whose key matches as finished, and do not train those runs again.
         tensorboard: also log for TensorBoard.
         runs: folder of runs.
         results: folder of results.
@@ -137,7 +142,7 @@ def _reproduce(
         print(f"  mlrpl status {place.given} shows where they stand, mlrpl cancel {place.given} takes them back")
         return {}
     failures = _unfinished(todo) if report_only else run_all(place, _free(todo), at_once, device, tensorboard)
-    found = collect(place.jobs, committed, adopt)
+    found = collect(place.jobs, committed)
     if not len(found):
         _summary(place, failures)
         return failures
@@ -198,7 +203,8 @@ def headline(found: Results, place: Workplace) -> pd.DataFrame:
 def _compare_with_committed(found: Results, committed: Results) -> None:
     if not len(committed):
         return
-    rows = tables.difference(found.metrics, committed.metrics)
+    own = found.runs.loc[~found.runs["adopted"], tables.RUN]
+    rows = tables.difference(found.metrics.merge(own, on=tables.RUN), committed.metrics)
     rows = rows[rows["compared"] > 0]
     if len(rows):
         worst = rows.loc[rows["max"].idxmax()]
@@ -252,18 +258,42 @@ def _report(place: Workplace, found: Results) -> None:
                     f"{job.run.title}, {job.run.labelled} labelled: {what}",
                     "../index.html",
                 )
+    _keep_predictions(place, found)
+    before = read_json(folder / "provenance.json").get("runs", {})
+    described = {job.run.name: {"key": job.key, **_described(job)} for job in place.jobs}
+    for row in found.runs[found.runs["adopted"]].to_dict("records"):
+        described[row["run"]] = before.get(row["run"], described[row["run"]])
     provenance = {
         "study": place.study.name,
         "title": title,
         "data": {name: place.store.index[name] for name in ("name", "licence", "citation", "fingerprint", "split")},
         "report": environment(),
-        "runs": {job.run.name: {"key": job.key, **_described(job)} for job in place.jobs},
+        "runs": described,
     }
     write_json(folder / "provenance.json", provenance)
     _index(place, found, provenance)
     with locked(place.root, "results/index.html: another process is writing it", "overview.", wait=60):
         remove_temporary(folder.parent)  # other studies write here too, so only under the lock
         write_overview(folder.parent)
+
+
+def _keep_predictions(place: Workplace, found: Results) -> None:
+    """Label maps of representative runs go with the results, so that a later sitting can show all methods."""
+    shown = {job.run.name for job in representative(place.jobs)} & set(found.runs["run"])
+    folder = place.results / "predictions"
+    for path in folder.glob("*.npz"):
+        if path.stem not in shown:
+            path.unlink()
+    for job in place.jobs:
+        if job.run.name in shown and (job.folder / PREDICTIONS).exists():
+            with atomic(folder / f"{job.run.name}.npz") as partial:
+                shutil.copyfile(job.folder / PREDICTIONS, partial)
+
+
+def _predictions(place: Workplace, job: Job) -> Path:
+    """A run's label maps: where it was run, or as they were kept with the results."""
+    own = job.folder / PREDICTIONS
+    return own if own.exists() else place.results / "predictions" / f"{job.run.name}.npz"
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -299,11 +329,12 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             "Comparison",
             text=done + COMPARISON,
             table=tables.formatted(comparison, study.distances),
-            figures=_pictures(folder, "distributions"),
+            figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
         Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
-        Section("Cases", place.store.licence, figures=_pictures(folder, "contours")),
+        Section("Cost of a training step", COST, cost_table(place, found)),
+        Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
         Section(
             "Notebooks",
             "Every figure above comes from these, executed as they are; code unfolds with a click.",
@@ -363,22 +394,29 @@ def write_overview(results: Path) -> None:
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)
 
 
-# What notebook 04 shows of single cases.
+# What notebook 04 shows beyond the rows.
+
+
+def cost_table(place: Workplace, found: Results) -> pd.DataFrame:
+    """What a training step of each method costs: `mlrpl.tables.cost`."""
+    first = found.runs.drop_duplicates("title")["run"]
+    sizes = place.store.channels, len(place.store.classes)
+    return tables.cost(found.runs, {name: volumes_a_step(place.job(name).run, *sizes) for name in first})
 
 
 def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     """Best, median and worst test case of the reference method, as every method of the first seed segments them.
 
-    Runs without predictions at hand (adopted ones) are left out.
+    Runs without label maps at hand are left out.
 
     Returns:
         The views, and one sentence that says how the cases were chosen.
     """
     shown_runs = set(found.runs["run"])
-    at_hand = [job for job in place.jobs if job.run.name in shown_runs and (job.folder / PREDICTIONS).exists()]
+    at_hand = [job for job in place.jobs if job.run.name in shown_runs and _predictions(place, job).exists()]
     local = representative(at_hand)
     if not local:
-        return [], "No predictions are at hand: all rows were adopted."
+        return [], "No label maps are at hand."
     reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])
     shown = [job for job in local if job.run.labelled == reference.run.labelled]
     shown += [job for job in local if job.run.labelled == max(j.run.labelled for j in local) and job not in shown]
@@ -400,7 +438,7 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
         case = place.store.load(case_id)
         predictions = {}
         for job in shown:
-            with np.load(job.folder / PREDICTIONS) as maps:
+            with np.load(_predictions(place, job)) as maps:
                 predictions[_label(job, reference)] = maps[case_id]
         scores = {_label(job, reference): dice[job.run.name][case_id] for job in shown}
         views.append(CaseView(f"{rank}: {case_id}", case.image[0], case.label, predictions, scores, case.spacing))

@@ -52,20 +52,20 @@ class Results:
         return set(self.runs["key"]) if len(self.runs) else set()
 
 
-def collect(jobs: Sequence[Job], committed: Results, adopt: bool) -> Results:
+def collect(jobs: Sequence[Job], committed: Results) -> Results:
     """All finished runs of a study, in its order.
 
     Args:
         jobs: the study's runs.
-        committed: results from an earlier sitting.
-        adopt: take rows from there for runs that are not finished here but whose key matches; they are marked.
+        committed: results from an earlier sitting. Runs that are not finished here but whose key is there keep those
+            rows, marked as adopted.
     """
     keys = committed.keys()
     parts: list[Results] = []
     for job in jobs:
         if job.finished("train") and job.finished("evaluate"):
             parts.append(run_frames(job))
-        elif adopt and job.key in keys:
+        elif job.key in keys:
             parts.append(_adopted(job, committed))
     if not parts:
         return Results(*(pd.DataFrame() for _ in range(4)))

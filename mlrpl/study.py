@@ -36,7 +36,7 @@ from mlrpl.files import atomic, read_json, write_json
 from mlrpl.interrupt import passed_on, stop_requests
 from mlrpl.locks import locked
 from mlrpl.memory import ADVICE, exhaustion_explained
-from mlrpl.methods import build, find_method
+from mlrpl.methods import build, find_method, result_version
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
 PACKAGE = Path(__file__).parent
@@ -147,7 +147,7 @@ class Workplace:
                 build(run, self.store.channels, len(self.store.classes))
                 built.add(network)
             split_training(run, self.store, method.uses_unlabelled)
-            key = run.key(self.store.fingerprint, method.result_version, method.options(), method.unused_settings)
+            key = run.key(self.store.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
             jobs.append(Job(run, key, folder, self.study.distances))

@@ -1,5 +1,7 @@
 """Studies: what is wrong is named in one line, and a run's key changes when its result may."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 
 from mlrpl.config import Run, Settings, Study, load_study, study_names
 from mlrpl.errors import StudyError
-from mlrpl.methods import METHODS, Method, build, find_method
+from mlrpl.methods import METHODS, Method, build, find_method, result_version
 
 STUDY = {
     "name": "small",
@@ -241,6 +243,26 @@ def test_an_unknown_method_is_answered_in_one_line(name, expected):
         find_method(name)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_method_of_ones_own_is_found_beside_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path(tmp_path / "beside_the_study.py").write_text("from mlrpl.methods.vnet import SupervisedVNet as Mine\n")
+    own = {"variant": "mine", "method": "beside_the_study:Mine", "title": "Mine", "labelled": 1}
+    Path(tmp_path / "own.yaml").write_text(json.dumps({**STUDY, "runs": [own]}))
+    (run, *_) = load_study(str(tmp_path / "own.yaml")).runs()
+    assert find_method(run.method) is METHODS["vnet"]
+
+
+def test_an_edited_method_of_ones_own_has_another_version(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "from mlrpl.methods import Method\nclass Mine(Method):\n    pass\n"
+    versions = []
+    for name, body in {"first": text, "same": text, "edited": text + "# edited\n"}.items():
+        Path(tmp_path / f"my_{name}_method.py").write_text(body)
+        versions.append(result_version(find_method(f"my_{name}_method:Mine")))
+    assert versions[0] == versions[1] != versions[2]
+    assert {name: result_version(method) for name, method in METHODS.items()} == dict.fromkeys(METHODS, 1)
 
 
 def test_a_method_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):

@@ -22,12 +22,13 @@ from mlrpl.figures import (
     contours,
     distributions,
     intensity_histograms,
+    label_efficiency,
     label_volumes,
     learning_curves,
     panels,
     save,
 )
-from mlrpl.tables import per_case
+from mlrpl.tables import comparison, per_case
 
 ALL = list(METHOD_COLOURS)
 TOUR = {4: ["V-Net", "Control (β = 0)", "MLRPL"], 40: ["V-Net"]}
@@ -202,6 +203,25 @@ def test_distributions_join_the_same_case():
     assert np.array([line.get_xdata() for line in joined]) == pytest.approx(dots.T)
 
 
+def test_label_efficiency_shows_means_over_cases_with_the_spread_over_seeds(monkeypatch):
+    levels = {4: ALL, 8: ALL[:3], 40: ["V-Net"]}
+    metrics, runs, _, _ = study(levels, seeds=3)
+    figure = label_efficiency(metrics, runs)
+    (ax,) = figure.axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["4", "8"]
+    table = comparison(metrics, runs).query("selection == 'last' and output == 'decoder1'")
+    table = table.set_index(["title", "labelled"])
+    for title in ALL:
+        expected = [table.loc[(title, labelled)] for labelled in (4, 8) if title in levels[labelled]]
+        (bars,) = [c for c in ax.containers if c.lines[0].get_color() == METHOD_COLOURS[title]]
+        assert bars.lines[0].get_ydata() == pytest.approx([row["dice"] for row in expected])
+        spread = [high - low for (_, low), (_, high) in bars.lines[2][0].get_segments()]
+        assert spread == pytest.approx([2 * row["dice_sd"] for row in expected])
+    (level,) = [one for one in ax.lines if one.get_linestyle() == "--"]
+    assert level.get_ydata() == pytest.approx([table.loc[("V-Net", 40), "dice"]] * 2)
+    assert_tidy(figure, monkeypatch)
+
+
 def view(reference, predictions, **kwargs):
     image = np.arange(reference.size, dtype=float).reshape(reference.shape)
     return CaseView("median: c1", image, reference, predictions, dict.fromkeys(predictions, 0.5), **kwargs)
@@ -262,6 +282,21 @@ def test_contours_of_several_classes_and_of_an_empty_prediction():
     figure = contours([view(reference, {"MLRPL": reference, "V-Net": 0 * reference})], ["background", "head", "body"])
     assert [len(ax.findobj(ContourSet)) for ax in figure.axes] == [4, 2]
     assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["prediction: head", "prediction: body"]
+
+
+@pytest.mark.parametrize(("count", "lines", "columns"), [(6, 1, 6), (7, 2, 4), (10, 2, 5)])
+def test_contours_of_many_methods_take_several_lines_a_case(count, lines, columns, monkeypatch):
+    reference = blob(1)
+    titles = ALL[:count]
+    shown = [view(np.roll(reference, n, axis=0), dict.fromkeys(titles, reference)) for n in range(2)]
+    figure = contours(shown, ["background", "atrium"])
+    rows = len(shown) * lines
+    assert {ax.get_subplotspec().get_gridspec().get_geometry() for ax in figure.axes} == {(rows, columns)}
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert len(drawn) == 2 * count
+    named = [ax.get_title().replace("\n", " ") for ax in drawn]
+    assert named == titles + (titles if lines > 1 else [""] * count)
+    assert_tidy(figure, monkeypatch)
 
 
 # Data
@@ -369,4 +404,4 @@ def test_notebooks_show_figures_by_themselves():
     metrics, runs, _, _ = study(TOUR)
     data, metadata = distributions(metrics, runs)._repr_png_()
     assert data.startswith(b"\x89PNG")
-    assert metadata == {"width": 720}
+    assert metadata == {"width": 936}

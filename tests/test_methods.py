@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlrpl.config import Run, Settings
+from mlrpl.config import Run, Settings, load_study
 from mlrpl.data import Batch, Batches, Case
 from mlrpl.data.phantom import draw
-from mlrpl.methods import METHODS, Method, Step, build
+from mlrpl.methods import METHODS, Method, Step, build, volumes_a_step
 from mlrpl.methods.acmt import ambiguity_threshold, ambiguous_consistency
 from mlrpl.methods.cct import cross_consistency, feature_dropout
 from mlrpl.methods.mcnet import mutual_consistency
@@ -579,3 +579,21 @@ def test_overfits_one_phantom(name: str) -> None:
         dice = 2 * (predicted * label[:1]).sum().item() / (predicted + label[:1]).sum().item()
     assert dice > 0.95
     assert np.mean(supervised[-10:]) < supervised[0] / 2
+
+
+@pytest.mark.parametrize(("name", "encoded", "decoded"), [
+    ("vnet", 4, 4),
+    ("uamt", 4 + 2 + 4 * 4, 22),  # student, target, four passes on the pair repeated twice
+    ("urpc", 4, 4),
+    ("cct", 4, 4 * 4),
+    ("mcnet", 4, 4 * 2),
+    ("mcnet_plus", 4, 4 * 3),
+    ("ssnet", 4 * 4, 4 * 4),  # prediction, clean target, the direction's gradient, the perturbed volume
+    ("acmt", 4 + 2, 6),
+    ("mlrpl", 4, 4 * 2),
+])  # fmt: skip
+def test_volumes_of_a_step_are_those_of_the_method(name, encoded, decoded):
+    (run, *_) = load_study("smoke").runs()
+    before = torch.random.get_rng_state()
+    assert volumes_a_step(run.model_copy(update={"method": name, "options": {}}), 1, 3) == (encoded, decoded)
+    assert torch.equal(torch.random.get_rng_state(), before)

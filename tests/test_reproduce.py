@@ -5,6 +5,8 @@ change something do so in a copy.
 """
 
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -74,11 +76,16 @@ class Broken(MLRPL):
     def loss(self, batch, step):
         raise RuntimeError("this method is broken\\nand says so on two lines")
 """
+# The README's: a file, and a line of a study.
+TENTH = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("tenth method", 1)[1]
+ENTROPY = re.search(r"```python\n(.*?)```", TENTH, re.DOTALL)[1]
+(ENTROPY_RUN,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TENTH, re.DOTALL)[1])
 OWN = {
     **TINY, "name": "own", "title": "Own methods", "settings": {**TINY["settings"], "iterations": 30},
     "runs": [
         {"variant": "broken", "method": "own_methods:Broken", "title": "Broken", "labelled": 1},
         {"variant": "own", "method": "own_methods:Own", "title": "Own", "labelled": 1, "options": {"sharpness": 1.5}},
+        {**ENTROPY_RUN, "labelled": 1},
     ],
 }  # fmt: skip
 
@@ -87,15 +94,15 @@ def write(folder: Path, study: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study['name']}.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     (folder / "own_methods.py").write_text(OWN_METHODS)
+    (folder / "entropy.py").write_text(ENTROPY, encoding="utf-8")
     return f"{study['name']}.yaml"
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> dict[str, Any]:
-    """Arguments for subprocess; own methods are found in the folder that the command is typed in, and one above."""
-    path = os.pathsep.join(map(str, (cwd, cwd.parent)))
+    """Arguments for subprocess; methods of one's own lie beside the study's file."""
     return {
         "args": [sys.executable, "-m", "mlrpl", "reproduce", *arguments, "--device", "cpu"],
-        "cwd": cwd, "env": {**os.environ, "PYTHONPATH": path, **environment}, "text": True,
+        "cwd": cwd, "env": {**os.environ, **environment}, "text": True,
         "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
     }  # fmt: skip
 
@@ -376,7 +383,7 @@ def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
 def test_a_twin_has_the_rows_of_its_run_under_its_own_name(place):
     mlrpl = TINY["runs"][1]
     assert place(runs=[mlrpl, {**mlrpl, "variant": "twin", "title": "Twin"}]) == []
-    found = collect(Workplace("tiny.yaml").jobs, Results.load(Path("results/tiny")), adopt=False)
+    found = collect(Workplace("tiny.yaml").jobs, Results.load(Path("results/tiny")))
     assert set(found.metrics["variant"]) == {"mlrpl", "twin"}
     rows = [group.drop(columns="variant").reset_index(drop=True) for _, group in found.metrics.groupby("variant")]
     pd.testing.assert_frame_equal(*rows)
@@ -443,10 +450,28 @@ def test_only_rows_of_the_same_key_are_adopted(place):
     assert place(adopted=keys) == []
     vnet, mlrpl = TINY["runs"]
     assert place(adopted=keys, runs=[vnet, {**mlrpl, "settings": {"beta_max": 0}}]) == ["mlrpl-1-s0"]
-    found = collect(Workplace("tiny.yaml").jobs, committed, adopt=True)
+    found = collect(Workplace("tiny.yaml").jobs, committed)
     assert list(found.runs["run"]) == ["vnet-1-s0"]
     assert set(found.metrics["variant"]) == {"vnet"}
-    assert len(collect(Workplace("tiny.yaml").jobs, committed, adopt=False)) == 0
+    assert found.runs["adopted"].all()
+
+
+def test_a_sitting_that_does_some_runs_keeps_the_rows_and_pictures_of_the_others(tiny, tmp_path):
+    folder = tiny.copy(tmp_path, "results", "tiny.yaml")
+    before = Results.load(folder / "results/tiny")
+    facts = json.loads((folder / "results/tiny/provenance.json").read_text(encoding="utf-8"))
+    said = reproduce("tiny.yaml", "--only", "vnet", cwd=folder)
+    assert "2 runs, 1 to do" in said
+    after = Results.load(folder / "results/tiny")
+    pd.testing.assert_frame_equal(after.metrics, before.metrics)
+    assert dict(zip(after.runs["run"], after.runs["adopted"], strict=True)) == {"vnet-1-s0": False, "mlrpl-1-s0": True}
+    kept = json.loads((folder / "results/tiny/provenance.json").read_text(encoding="utf-8"))["runs"]
+    assert kept["mlrpl-1-s0"] == facts["runs"]["mlrpl-1-s0"]
+    count = len(before.metrics[before.metrics["variant"] == "vnet"])
+    assert f"{count} compared, mean |Δ Dice| 0.000" in said
+    page = (folder / "runs/tiny/04-compare.ipynb").read_text(encoding="utf-8")
+    assert "image/png" in page
+    assert "No label maps" not in page
 
 
 # Trouble.
@@ -462,9 +487,9 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     assert not (failed / "02-train.ipynb").exists()
     assert "this method is broken" in (failed / "02-train.failed.ipynb").read_text(encoding="utf-8")
     results = Results.load(own.folder / "results/own")
-    assert list(results.runs["run"]) == ["own-1-s0"]
-    assert set(results.metrics["method"]) == {"own_methods:Own"}
-    assert "1 of 2 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0"]
+    assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation"}
+    assert "2 of 3 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 
@@ -472,6 +497,14 @@ def test_a_method_from_outside_trains_with_its_options(own):
     log = pd.read_csv(run_folder(own.folder, "own-1-s0") / "log.csv")
     assert len(log) == 30
     assert list(log["total"]) == pytest.approx(list(log["supervised"] ** 1.5), rel=1e-5)
+
+
+def test_the_readmes_tenth_method_is_compared_with_the_others(own):
+    log = pd.read_csv(run_folder(own.folder, "entropy-1-s0") / "log.csv")
+    assert log["mutual"].between(0, math.log(2)).all()
+    assert list(log["total"]) == pytest.approx(list(log["supervised"] + 0.2 * math.exp(-5) * log["mutual"]), rel=1e-5)
+    rows = [row.split("|")[2].strip() for row in own.said.splitlines() if row.startswith("|")]
+    assert rows[2:] == ["Own", "Own", "Entropy"]  # with one decoder there is no mean of several
 
 
 @pytest.mark.fault("kill -9 of the whole command")
@@ -506,8 +539,8 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     log = pd.read_csv(folder / "log.csv", dtype=str)
     pd.testing.assert_frame_equal(log.head(done), before)  # the seconds too: these iterations were not done again
     assert_same_result(tmp_path, own.folder, "own-1-s0")
-    rows = "results/own/metrics.csv"
-    assert (tmp_path / rows).read_bytes() == (own.folder / rows).read_bytes()
+    rows, undisturbed = (Results.load(at / "results/own").metrics for at in (tmp_path, own.folder))
+    pd.testing.assert_frame_equal(rows, undisturbed[undisturbed["variant"] == "own"].reset_index(drop=True))
     assert [path.name for path in tmp_path.rglob("*.partial*")] == []
 
 

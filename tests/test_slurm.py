@@ -198,7 +198,7 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    collect(here.jobs, Results.load(tmp_path / "nothing"), False).save(tmp_path / "expected")
+    collect(here.jobs, Results.load(tmp_path / "nothing")).save(tmp_path / "expected")
 
     monkeypatch.chdir(tmp_path / "there")
     command = [sys.executable, "-m", "mlrpl", "reproduce", "array.yaml", "--engine", "slurm", "--device", "cpu"]

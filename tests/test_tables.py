@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mlrpl.errors import StudyError
-from mlrpl.tables import comparison, difference, formatted, optimism, per_case, titled, to_markdown
+from mlrpl.tables import comparison, cost, difference, formatted, optimism, per_case, titled, to_markdown
 
 CASES = ["a", "b", "c"]
 PAPER = [
@@ -211,3 +211,18 @@ def test_markdown_of_the_whole_comparison(metrics, runs):
     assert len(lines) == 2 + 20
     assert len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[2].split("|")[1:6]] == ["8", "V-Net", "last", "decoder 1", "73.00 ± 1.00"]
+
+
+def test_cost_is_a_row_a_method_beside_v_net(runs):
+    seconds = runs["title"].map({"V-Net": 30.0, "Control (β = 0)": 60.0, "MLRPL": 75.0}) + runs["seed"]
+    runs = runs.assign(iterations=100, seconds=seconds, peak_memory_mb=500 + runs["seed"], parameters=9_448_866)
+    table = cost(runs, dict.fromkeys(runs["run"], (4, 8))).set_index("Method")
+    assert list(table.index) == ["V-Net", "Control (β = 0)", "MLRPL"]
+    # Seeds 0, 0, 1, 2: the median is half a second above the base.
+    assert list(table["Seconds a step"]) == ["0.305", "0.605", "0.755"]
+    assert list(table["Times V-Net's"]) == ["1.00", "1.98", "2.48"]
+    assert set(table["Peak memory (MB)"]) == {"502"}
+    assert set(table["Parameters"]) == {"9,448,866"}
+    assert set(table["Volumes through decoders"]) == {"8"}
+    alone = cost(runs[runs["title"] == "MLRPL"], dict.fromkeys(runs["run"], (4, 8)))
+    assert list(alone["Times V-Net's"]) == ["—"]

@@ -1,9 +1,14 @@
 """The methods by name; one file each. A method of one's own is named "module:Class" in a study."""
 
+import hashlib
 import importlib
+import inspect
 from typing import Any
 
+import torch
+
 from mlrpl.config import Run
+from mlrpl.data import Batch
 from mlrpl.errors import StudyError
 from mlrpl.methods.acmt import ACMT
 from mlrpl.methods.base import OUTPUTS, Method, Step
@@ -14,8 +19,9 @@ from mlrpl.methods.ssnet import SSNet
 from mlrpl.methods.uamt import UAMT
 from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
+from mlrpl.networks import STRIDE, Decoder, Encoder
 
-__all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method"]
+__all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method", "result_version", "volumes_a_step"]
 
 METHODS: dict[str, type[Method]] = {
     "vnet": SupervisedVNet,
@@ -48,6 +54,17 @@ def find_method(name: str) -> type[Method]:
     return found
 
 
+def result_version(method: type[Method]) -> int | str:
+    """What a run's key holds of a method's code.
+
+    A method's own `result_version`; a method of one's own that sets none is versioned by its file's text, so that an
+    edited method never passes for a finished one.
+    """
+    if "result_version" in vars(method) or method in METHODS.values():
+        return method.result_version
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(method)).encode()).hexdigest()[:16]
+
+
 def build(run: Run, in_channels: int, num_classes: int) -> Method:
     """The run's method, initialised by PyTorch's defaults from the global random state.
 
@@ -62,3 +79,30 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
         return method(run.settings, in_channels, num_classes, **run.options)
     except (TypeError, ValueError) as error:
         raise StudyError(f"run {run.name}: {error}") from None
+
+
+def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, int]:
+    """Volumes that go forward through encoders, and through decoders, in one training step of the run.
+
+    Counted in a step on the smallest patch; passes without gradient, such as a teacher's, count too.
+    """
+    settings = run.settings.model_copy(update={"patch": (STRIDE,) * 3, "filters": 2})
+    counts = {Encoder: 0, Decoder: 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method = build(run.model_copy(update={"settings": settings}), in_channels, num_classes).train()
+        labelled = settings.batch[0] if method.uses_unlabelled else sum(settings.batch)
+        image = torch.randn(sum(settings.batch), in_channels, *settings.patch)
+        batch = Batch(image, torch.randint(num_classes, (labelled, *settings.patch)))
+
+        def count(part: type, first: torch.nn.Module) -> None:
+            def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                counts[part] += len(inputs[0])
+
+            first.register_forward_pre_hook(add)
+
+        for module in method.modules():
+            if type(module) in counts:
+                count(type(module), module.stages[0])
+        method.loss(batch, Step(1, settings.iterations, torch.Generator()))
+    return counts[Encoder], counts[Decoder]

@@ -24,7 +24,7 @@ from mlrpl.data import Batch
 from mlrpl.losses import ce_dice_loss
 from mlrpl.methods.base import Method, Step
 from mlrpl.methods.parts import CONSISTENCY, terms
-from mlrpl.networks import VNet
+from mlrpl.networks import PointwiseConv3d, VNet
 
 DROPOUT = (0.1, 0.2, 0.3, 0.5)  # before the heads at full, 1/2, 1/4 and 1/8 resolution
 
@@ -48,7 +48,7 @@ class PyramidVNet(VNet):
     def __init__(self, in_channels: int, num_classes: int, filters: int) -> None:
         super().__init__(in_channels, num_classes, filters, ("deconv",))
         self.dropouts = nn.ModuleList(nn.Dropout3d(p) for p in DROPOUT)
-        self.coarse_heads = nn.ModuleList(nn.Conv3d(filters * 2**level, num_classes, 1) for level in (1, 2, 3))
+        self.coarse_heads = nn.ModuleList(PointwiseConv3d(filters * 2**level, num_classes) for level in (1, 2, 3))
 
     def forward(self, image: Tensor, decoders: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Logits up-sampled to (N, classes, x, y, z), and the features before each head; full resolution first.
