@@ -21,6 +21,8 @@ class Command:
         environment: added to the job's.
     """
 
+    process: subprocess.Popen[bytes] | None = None
+
     def __init__(self, arguments: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
         self.arguments, self.log, self.environment = list(arguments), log, dict(environment)
 
@@ -45,13 +47,14 @@ class Command:
 
     def checkpoint(self) -> DelayedSubmission:
         """Called by submitit before a preemption or the time limit: save, and be queued again."""
-        self.process.terminate()
-        deadline = time.monotonic() + FINISHING_SECONDS
-        while not _ended(self.process.pid):
-            if time.monotonic() > deadline:
-                self.process.kill()  # the last checkpoint by the clock is at most a minute old
-                break
-            time.sleep(0.2)
+        if self.process:  # None: told before it was started
+            self.process.terminate()
+            deadline = time.monotonic() + FINISHING_SECONDS
+            while not _ended(self.process.pid):
+                if time.monotonic() > deadline:
+                    self.process.kill()  # the last checkpoint by the clock is at most a minute old
+                    break
+                time.sleep(0.2)
         return DelayedSubmission(Command(self.arguments, self.log, self.environment))
 
 

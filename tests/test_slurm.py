@@ -153,6 +153,12 @@ def test_a_job_that_is_preempted_saves_and_goes_on(cluster, tmp_path, monkeypatc
     wait(lambda: not queue())
 
 
+def test_an_announcement_before_the_process_is_started_is_no_error():
+    command = Command(["true"], "work.log", {"A": "b"})
+    again = command.checkpoint().function
+    assert (again.arguments, again.log, again.environment) == (command.arguments, command.log, command.environment)
+
+
 # The notebooks' code without Jupyter, so that many runs take little; and slow enough to be hit in the middle.
 QUICK = """
 import time
