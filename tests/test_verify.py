@@ -41,7 +41,7 @@ def finished(tmp_path_factory) -> Path:
         for job in place.jobs:
             place.train(job.run.name, "cpu")
             place.evaluate(job.run.name, "cpu")
-        collect(place.jobs, Results.load(place.results), False).save(place.results)
+        collect(place.jobs, Results.load(place.results)).save(place.results)
         found = Results.load(place.results)
         comparison = tables.formatted(tables.comparison(found.metrics, found.runs), "voxels")
         tables.save(comparison, place.results / "tables", "comparison")
