@@ -162,13 +162,14 @@ def test_an_announcement_before_the_process_is_started_is_no_error():
 # The notebooks' code without Jupyter, so that many runs take little; and slow enough to be hit in the middle.
 QUICK = """
 import time
+import nbformat
 import mlrpl.study
 from mlrpl.methods.mlrpl import MLRPL
 
 def execute(notebook, destination, **parameters):
     place = mlrpl.study.Workplace(parameters["STUDY"], parameters["RUNS"])
     {"02-train": place.train, "03-evaluate": place.evaluate}[notebook](parameters["RUN"], parameters["DEVICE"])
-    destination.write_text("{}")
+    nbformat.write(nbformat.v4.new_notebook(), destination)
 
 mlrpl.study.execute = execute
 
