@@ -198,13 +198,11 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     monkeypatch.chdir(tmp_path / "here")
     here = Workplace("array.yaml")
     assert len(here.jobs) == 24
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    for job in here.jobs:
-        here.train(job.run.name, "cpu")
-        here.evaluate(job.run.name, "cpu")
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    with monkeypatch.context() as hurried:
+        hurried.setattr(time, "sleep", lambda _: None)
+        for job in here.jobs:
+            here.train(job.run.name, "cpu")
+            here.evaluate(job.run.name, "cpu")
     collect(here.jobs, Results.load(tmp_path / "nothing")).save(tmp_path / "expected")
 
     monkeypatch.chdir(tmp_path / "there")
