@@ -190,10 +190,10 @@ def cancel(study: str, runs: Runs = "runs") -> None:
 
     place = Workplace(study, runs)
     cancelled, owner = cancel_jobs(place), holder(place.runs)
-    here = owner if owner and owner.host == os.uname().nodename else None
-    if here:
-        os.kill(here.pid, signal.SIGINT)
-    told = [f"{cancelled} Slurm jobs"] * bool(cancelled) + [f"process {here.pid}"] * bool(here)
+    told = [f"{cancelled} Slurm jobs"] if cancelled else []
+    if owner and owner.host == os.uname().nodename:
+        os.kill(owner.pid, signal.SIGINT)
+        told.append(f"process {owner.pid}")
     print(f"asked to end: {' and '.join(told)}" if told else f"study {place.study.name}: nothing is queued or running")
 
 

@@ -19,7 +19,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -31,7 +30,6 @@ from mlrpl.reproduce import case_views
 from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
 from mlrpl.training import load
-from mlrpl.verify import Finding, verify
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -596,69 +594,3 @@ def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tm
     place.train("own-1-s0", "cpu")
     place.evaluate("own-1-s0", "cpu")
     assert_same_result(tmp_path, own.folder, "own-1-s0")
-
-
-# What the results claim.
-
-
-def wrong(findings: list[Finding]) -> dict[str, tuple[str, ...]]:
-    return {finding.what: finding.wrong for finding in findings if finding.wrong}
-
-
-@pytest.fixture
-def verified(tiny, tmp_path, monkeypatch) -> Workplace:
-    """A copy of the tiny study to harm."""
-    tiny.copy(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return Workplace("tiny.yaml")
-
-
-def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
-    findings = {finding.what: finding for finding in verify(verified, "mlrpl-1-s0")}
-    assert wrong(list(findings.values())) == {}
-    assert findings["tables/comparison"].compared == 6 * 11
-    assert findings["rows against runs/"].compared == 6
-    assert findings["rows against predicted label maps"].compared == findings["keys of runs"].compared == 2
-    assert findings["weights of mlrpl-1-s0, trained anew"].compared > 100
-    assert findings["rows of mlrpl-1-s0, trained anew"].compared == 4
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
-def test_verify_finds_what_was_touched(verified):
-    results, run = Path("results/tiny"), run_folder(Path(), "mlrpl-1-s0")
-    table = pd.read_csv(results / "tables/comparison.csv", dtype=str)
-    edit(results / "tables/comparison.csv", table["Dice (%)"][0], "99.99")
-    edit(results / "tables/optimism.md", "decoder 1", "decoder 7")
-    assert wrong(verify(verified)) == {
-        "tables/comparison": (f"row 1, Dice (%): '99.99' instead of {table['Dice (%)'][0]!r}",),
-        "tables/optimism": ("optimism.md differs from what the rows give",),
-    }
-    edit(results / "runs.csv", run.name[-8:], "00000000")
-    assert "mlrpl-1-s0: settings, data or method have changed since" in wrong(verify(verified))["keys of runs"]
-    with np.load(run / "predictions.npz") as maps:
-        np.savez(run / "predictions.npz", **{name: 1 - volume for name, volume in maps.items()})
-    (found,) = wrong(verify(verified))["rows against predicted label maps"]
-    assert found.startswith("mlrpl-1-s0, test-000, atrium")
-
-
-def test_verify_finds_rows_and_weights_that_are_not_the_runs(verified):
-    run = run_folder(Path(), "vnet-1-s0")
-    rows = pd.read_csv(run / "metrics.csv")
-    rows.assign(dice=rows["dice"] + 0.01).to_csv(run / "metrics.csv", index=False)
-    assert "vnet-1-s0: dice is not what the run measured" in wrong(verify(verified))["rows against runs/"]
-    state = load(run / "last.pt", CPU)
-    next(iter(state["method"].values())).view(-1)[0] += 1e-6
-    torch.save(state, run / "last.pt")
-    assert len(wrong(verify(verified, "vnet-1-s0"))["weights of vnet-1-s0, trained anew"]) == 1
-
-
-def test_results_of_a_dirty_working_tree_are_marked(verified):
-    runs = pd.read_csv("results/tiny/runs.csv", dtype=str)
-    runs.assign(commit=["0123456789ab+changes", "0123456789ab"]).to_csv("results/tiny/runs.csv", index=False)
-    remarks = {finding.what: finding.remark for finding in verify(verified)}
-    assert remarks["commits of runs"] == "2 runs, made with uncommitted changes: vnet-1-s0"

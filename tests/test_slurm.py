@@ -162,13 +162,14 @@ def test_an_announcement_before_the_process_is_started_is_no_error():
 # The notebooks' code without Jupyter, so that many runs take little; and slow enough to be hit in the middle.
 QUICK = """
 import time
+import nbformat
 import mlrpl.study
 from mlrpl.methods.mlrpl import MLRPL
 
 def execute(notebook, destination, **parameters):
     place = mlrpl.study.Workplace(parameters["STUDY"], parameters["RUNS"])
     {"02-train": place.train, "03-evaluate": place.evaluate}[notebook](parameters["RUN"], parameters["DEVICE"])
-    destination.write_text("{}")
+    nbformat.write(nbformat.v4.new_notebook(), destination)
 
 mlrpl.study.execute = execute
 
@@ -197,14 +198,12 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     monkeypatch.chdir(tmp_path / "here")
     here = Workplace("array.yaml")
     assert len(here.jobs) == 24
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    for job in here.jobs:
-        here.train(job.run.name, "cpu")
-        here.evaluate(job.run.name, "cpu")
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    collect(here.jobs, Results.load(tmp_path / "nothing"), False).save(tmp_path / "expected")
+    with monkeypatch.context() as hurried:
+        hurried.setattr(time, "sleep", lambda _: None)
+        for job in here.jobs:
+            here.train(job.run.name, "cpu")
+            here.evaluate(job.run.name, "cpu")
+    collect(here.jobs, Results.load(tmp_path / "nothing")).save(tmp_path / "expected")
 
     monkeypatch.chdir(tmp_path / "there")
     command = [sys.executable, "-m", "mlrpl", "reproduce", "array.yaml", "--engine", "slurm", "--device", "cpu"]
@@ -225,7 +224,8 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     assert sum(killed.values()) >= 6
     for name in ("metrics", "checks"):
         assert Path(f"results/array/{name}.csv").read_bytes() == (tmp_path / f"expected/{name}.csv").read_bytes(), name
-    for name, measured in {"runs": ["seconds", "seconds_evaluate", "peak_memory_mb"], "curves": ["seconds"]}.items():
+    measured_of = {"runs": ["seconds", "seconds_evaluate", "peak_memory_mb", "commit"], "curves": ["seconds"]}
+    for name, measured in measured_of.items():
         found, expected = (
             pd.read_csv(at / f"{name}.csv", dtype=str).drop(columns=measured)
             for at in (Path("results/array"), tmp_path / "expected")

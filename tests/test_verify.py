@@ -1,0 +1,112 @@
+"""`mlrpl verify`: it agrees with results as they are, and names what was touched."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from mlrpl import tables
+from mlrpl.results import Results, collect
+from mlrpl.study import Workplace
+from mlrpl.training import load
+from mlrpl.verify import Finding, verify
+
+CPU = torch.device("cpu")
+STUDY = {
+    "name": "small", "title": "Small",
+    "dataset": {"name": "drawn", "source": "phantom", "options": {"train": 3, "test": 1, "size": [24, 24, 16]}},
+    "settings": {
+        "patch": [16, 16, 16], "stride": [8, 8, 16], "filters": 2, "iterations": 6, "ramp_iterations": 150,
+        "check_from": 2, "check_every": 2, "precision": "float32",
+    },
+    "runs": [
+        {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1},
+        {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A study with its rows and tables; without notebooks and pages, which nothing here looks at."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("small.yaml").write_text(yaml.safe_dump(STUDY))
+        place = Workplace("small.yaml")
+        for job in place.jobs:
+            place.train(job.run.name, "cpu")
+            place.evaluate(job.run.name, "cpu")
+        collect(place.jobs, Results.load(place.results)).save(place.results)
+        found = Results.load(place.results)
+        comparison = tables.formatted(tables.comparison(found.metrics, found.runs), "voxels")
+        tables.save(comparison, place.results / "tables", "comparison")
+        tables.save(tables.formatted_optimism(found.metrics, found.runs), place.results / "tables", "optimism")
+    return folder
+
+
+@pytest.fixture
+def verified(finished, tmp_path, monkeypatch) -> Workplace:
+    """A copy to harm."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Workplace("small.yaml")
+
+
+def wrong(findings: list[Finding]) -> dict[str, tuple[str, ...]]:
+    return {finding.what: finding.wrong for finding in findings if finding.wrong}
+
+
+def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
+    findings = {finding.what: finding for finding in verify(verified, "mlrpl-1-s0")}
+    assert wrong(list(findings.values())) == {}
+    assert findings["tables/comparison"].compared == 6 * 11
+    assert findings["rows against runs/"].compared == 6
+    assert findings["rows against predicted label maps"].compared == findings["keys of runs"].compared == 2
+    assert findings["weights of mlrpl-1-s0, trained anew"].compared > 100
+    assert findings["rows of mlrpl-1-s0, trained anew"].compared == 4
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_verify_finds_what_was_touched(verified):
+    results, run = Path("results/small"), verified.job("mlrpl-1-s0").folder
+    table = pd.read_csv(results / "tables/comparison.csv", dtype=str)
+    edit(results / "tables/comparison.csv", table["Dice (%)"][0], "99.99")
+    edit(results / "tables/optimism.md", "decoder 1", "decoder 7")
+    assert wrong(verify(verified)) == {
+        "tables/comparison": (f"row 1, Dice (%): '99.99' instead of {table['Dice (%)'][0]!r}",),
+        "tables/optimism": ("optimism.md differs from what the rows give",),
+    }
+    edit(results / "runs.csv", run.name[-8:], "00000000")
+    assert "mlrpl-1-s0: settings, data or method have changed since" in wrong(verify(verified))["keys of runs"]
+    with np.load(run / "predictions.npz") as maps:
+        np.savez(run / "predictions.npz", **{name: 1 - volume for name, volume in maps.items()})
+    (found,) = wrong(verify(verified))["rows against predicted label maps"]
+    assert found.startswith("mlrpl-1-s0, test-000, atrium")
+
+
+def test_verify_finds_rows_and_weights_that_are_not_the_runs(verified):
+    run = verified.job("vnet-1-s0").folder
+    rows = pd.read_csv(run / "metrics.csv")
+    rows.assign(dice=rows["dice"] + 0.01).to_csv(run / "metrics.csv", index=False)
+    assert "vnet-1-s0: dice is not what the run measured" in wrong(verify(verified))["rows against runs/"]
+    state = load(run / "last.pt", CPU)
+    next(iter(state["method"].values())).view(-1)[0] += 1e-6
+    torch.save(state, run / "last.pt")
+    assert len(wrong(verify(verified, "vnet-1-s0"))["weights of vnet-1-s0, trained anew"]) == 1
+
+
+def test_results_of_a_dirty_working_tree_are_marked(verified):
+    runs = pd.read_csv("results/small/runs.csv", dtype=str)
+    runs.assign(commit=["0123456789ab+changes", "0123456789ab"]).to_csv("results/small/runs.csv", index=False)
+    remarks = {finding.what: finding.remark for finding in verify(verified)}
+    assert remarks["commits of runs"] == "2 runs, made with uncommitted changes: vnet-1-s0"
