@@ -63,7 +63,7 @@ def sliding_slabs(
     before = [max(p - n, 0) // 2 for p, n in zip(patch, size, strict=True)]
     after = [max(p - n, 0) - b for p, n, b in zip(patch, size, before, strict=True)]
     padding = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
-    padded = functional.pad(image, padding)
+    padded = functional.pad(image, padding) if any(padding) else image  # padding copies, also by nothing
     corners = list(product(*starts))
 
     total = None

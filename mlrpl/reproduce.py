@@ -154,6 +154,8 @@ def _reproduce(
     todo = list(pending(place, only, adopted))
     adopted_names = [job.run.name for job in place.jobs if job.key in adopted and not job.finished("evaluate")]
     print(f"  {len(store.index['cases'])} cases; {len({job.key for job in place.jobs})} runs, {len(todo)} to do")
+    if left_out := len(store.index["rejected"]):
+        print(f"  {left_out} cases were left out; the data page says which and why")
     if adopted_names:
         print(f"  adopted from {place.results}/: {', '.join(adopted_names)}")
     if not (place.runs / "01-data.ipynb").exists() or read_json(place.runs / "data.json") != _data_key(place):

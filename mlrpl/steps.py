@@ -80,7 +80,7 @@ def _by_class(found: Results, unit: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Dice (%)": (100 * groups["dice"].mean()).map("{:.1f}".format),
-            f"95HD ({unit})": groups["hd95"].mean().map("{:.2f}".format),
+            f"95HD ({unit})": groups["hd95"].mean().map("{:.2f}".format, na_action="ignore").fillna("—"),
             "Cases": groups["case"].nunique(),
         }
     ).reset_index()
@@ -93,6 +93,8 @@ def predict_images(
     bars = []
 
     def bar(name: str) -> Callable[[int, int], None]:
+        for finished in bars:
+            finished.close()
         bars.append(tqdm(desc=name, unit="window", file=sys.stderr))
         return lambda done, total: _show(bars[-1], done, total)
 

@@ -54,7 +54,7 @@ def test_packaged_study_loads_and_its_methods_exist(name):
 
 
 def test_the_designs_studies_are_packaged():
-    assert {"smoke", "phantom", "hippocampus", "la-half", "la"} <= set(study_names())
+    assert {"smoke", "phantom", "hippocampus", "la-half", "la", "pancreas", "brats"} <= set(study_names())
 
 
 def test_the_papers_settings_are_the_defaults():

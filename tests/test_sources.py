@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -465,3 +468,16 @@ def test_nothing_usable_is_refused_also_when_lenient(decathlon, tmp_path):
     for path in (decathlon / "imagesTr").glob("organ*"):
         path.write_bytes(b"nothing")
     refused("decathlon", decathlon, tmp_path, "organ_", "more cases", test=0, lenient=True)
+
+
+def test_imagests_may_be_left_alone(decathlon, tmp_path):
+    expected = prepared("decathlon", decathlon, tmp_path / "store", test=2)
+    write_nifti(decathlon / "imagesTs/organ_20.nii.gz", volume(20))
+    assert "organ_20" in prepared("decathlon", decathlon, tmp_path / "store", test=2).ids("train")
+    without = prepared("decathlon", decathlon, tmp_path / "store", test=2, images_ts=False)
+    assert without.fingerprint == expected.fingerprint
+
+
+def test_training_needs_no_simpleitk():
+    code = "import sys; sys.modules['SimpleITK'] = None; import mlrpl.data, mlrpl.training, mlrpl.study"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
