@@ -313,6 +313,7 @@ def explorer(study: str, runs: str, results: str, device: str | None = None) -> 
     opacity.observe(opacity_changed, "value")
     choose("Study", list(places), study)
     study_changed()
+    viewer.on_canvas_attached(overlay_changed)  # what was loaded before there was a canvas may be lost
     side = ipywidgets.VBox([*pick.values(), opacity, said], layout=ipywidgets.Layout(min_width="18rem"))
     viewer.layout.width = "100%"
     return ipywidgets.HBox([side, viewer])
