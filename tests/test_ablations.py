@@ -42,7 +42,7 @@ ablations:
 
 @pytest.fixture
 def study(tmp_path):
-    (tmp_path / "s.yaml").write_text(STUDY)
+    (tmp_path / "s.yaml").write_text(STUDY, encoding="utf-8")
     return load_study(str(tmp_path / "s.yaml"))
 
 

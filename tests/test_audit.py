@@ -273,7 +273,7 @@ runs:
 
 
 def study(folder: Path, variant: str) -> str:
-    (folder / "s.yaml").write_text(STUDY.replace("WHICH", variant))
+    (folder / "s.yaml").write_text(STUDY.replace("WHICH", variant), encoding="utf-8")
     return str(folder / "s.yaml")
 
 

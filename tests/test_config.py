@@ -29,7 +29,7 @@ def written(tmp_path):
 
     def write(text: str | None = None, **changes) -> str:
         path = tmp_path / "small.yaml"
-        path.write_text(yaml.safe_dump({**STUDY, **changes}) if text is None else text)
+        path.write_text(yaml.safe_dump({**STUDY, **changes}) if text is None else text, encoding="utf-8")
         return str(path)
 
     return write
