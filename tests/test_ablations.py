@@ -67,7 +67,7 @@ def test_runs_of_ablations_come_after_the_studys_own_of_a_seed(study):
 def test_an_ablation_has_one_reference(tmp_path, options):
     text = STUDY.replace("title: both, paper", f"title: both, options: {options}, paper")
     text = text.replace("options: {selection: all}, paper: 88.6", "paper: 88.6") if options == "{}" else text
-    (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(StudyError, match="one variant must change nothing"):
         load_study(str(tmp_path / "s.yaml"))
 
