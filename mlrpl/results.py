@@ -83,7 +83,7 @@ class Results:
 
 
 def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablation] = ()) -> Results:
-    """All finished runs of a study, in its order; of runs that coincide the first.
+    """All finished runs of a study, in its order; of ablations' runs only those that coincide with none before them.
 
     Args:
         jobs: the study's runs.
@@ -92,22 +92,25 @@ def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablatio
         ablations: the study's.
     """
     keys = committed.keys()
-    parts: dict[str, Results] = {}  # by key: runs that coincide have one row, the first one's
+    parts: list[Results] = []
+    names: dict[str, str] = {}  # by key: the first run of it
     for job in jobs:
-        if job.key in parts:
+        if job.key in names and job.run.ablation:
             continue
         if job.finished("train") and job.finished("evaluate"):
-            parts[job.key] = run_frames(job)
+            parts.append(run_frames(job))
         elif job.key in keys:
-            parts[job.key] = _adopted(job, committed)
+            parts.append(_adopted(job, committed))
+        else:
+            continue
+        names.setdefault(job.key, job.run.name)
     if not parts:
         return Results(*(pd.DataFrame() for _ in range(4)))
     frames = (
-        pd.concat([frame for part in parts.values() if len(frame := vars(part)[name])] or [pd.DataFrame()])
+        pd.concat([frame for part in parts if len(frame := vars(part)[name])] or [pd.DataFrame()])
         for name in Results.__annotations__
     )
     found = Results(*(frame.reset_index(drop=True) for frame in frames))
-    names = {key: part.runs["run"].item() for key, part in parts.items()}
     return replace(found, ablations=_ablations(ablations, jobs, names))
 
 

@@ -302,7 +302,7 @@ def test_provenance_says_what_the_results_were_made_with(tiny):
 def test_the_same_command_does_nothing_the_second_time_and_says_so(tiny, tmp_path):
     folder = tiny.copy(tmp_path)
     before = {name: files(folder / name) for name in ("results", "runs")}
-    for place in ("runs/tiny", "results", "results/tiny", "results/tiny/figures"):  # of a process that was killed
+    for place in ("runs/tiny", "results/tiny", "results/tiny/figures"):  # of a process that was killed
         (folder / place / ".report.json.1.partial").write_text("{half")
     said = reproduce("tiny.yaml", cwd=folder)
     assert "2 runs, 0 to do" in said
@@ -369,7 +369,7 @@ def test_what_is_to_do_follows_the_settings(place):
     both = ["vnet-1-s0", "mlrpl-1-s0"]
     assert place() == []
     assert place(title="Other", about="Other", distances="voxels") == []
-    assert place(runs=[{**vnet, "title": "U-Net"}, {**mlrpl, "variant": "ours"}]) == []
+    assert place(audit=None, runs=[{**vnet, "title": "U-Net"}, {**mlrpl, "variant": "ours"}]) == []
     assert place(runs=[vnet, {**mlrpl, "options": {"gamma": 0.5}}]) == []  # the default, spelled out
     assert place(runs=[vnet, {**mlrpl, "options": {"gamma": 0.4}}]) == ["mlrpl-1-s0"]
     assert place(runs=[vnet, mlrpl, {**mlrpl, "variant": "two", "labelled": 2}]) == ["two-2-s0"]
