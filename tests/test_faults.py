@@ -114,7 +114,7 @@ def test_missing_data(refused, tmp_path):
     assert refused(study).startswith("dataset own needs DATA=/path")
     assert "nowhere: no such folder" in refused(study, "--data", "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no <case>/mri_norm2.h5 in this folder" in refused(study, "--data", "empty")
+    assert "neither <case>/mri_norm2.h5 nor <case>/lgemri.nrrd is in this folder" in refused(study, "--data", "empty")
     assert left_behind(tmp_path) == []
 
 

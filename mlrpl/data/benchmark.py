@@ -49,7 +49,7 @@ class Benchmark:
         self.form = "prepared" if files else "raw"
         files = files or self.raw_files(root)
         if not files:
-            raise StudyError(f"{root}: {self.looked_for} is not in this folder; give the folder of the data set")
+            raise StudyError(f"{root}: {self.looked_for} is in this folder; give the folder of the data set")
         self.real_spacing = self.form == "raw"
         splits = _published(root, files)
         self.split = "published" if splits else "seeded"
