@@ -44,7 +44,8 @@ def test_what_must_be_the_same_is_not_little(stages):
     """The undisturbed executions agree on all that matters, so that the comparison below can fail."""
     same = {name.rpartition("/")[2] for stage in stages.values() for name in stage.same}
     assert {"store.json", "image.npy", "last.pt", "published.pt", "log.csv", "checks.csv", "metrics.csv"} <= same
-    assert {"predictions.npz", "runs.csv", "curves.csv", "comparison.csv", "contours.svg"} <= same
+    # Not the contours: the order in which their layout is solved follows addresses in memory, in the sixth decimal.
+    assert {"predictions.npz", "runs.csv", "curves.csv", "comparison.csv", "distributions.svg"} <= same
     for name, stage in stages.items():
         assert stage.events > 5, name
 
