@@ -233,6 +233,7 @@ class Dying(SupervisedVNet):
 """
 
 
+@pytest.mark.slow  # after others of this file it has ended its own process too, for a reason yet to be found
 @pytest.mark.fault("a notebook kernel dies")
 def test_a_notebook_kernel_that_dies_is_told_and_harms_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

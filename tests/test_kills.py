@@ -51,7 +51,12 @@ def test_what_must_be_the_same_is_not_little(stages):
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param(name, marks=pytest.mark.fault(f"kill -9 in {name}")) for name in SHARES]
+    "stage",
+    [
+        # The report's is slow until its contours are the same to the byte (see above): by chance they often are.
+        pytest.param(name, marks=[pytest.mark.fault(f"kill -9 in {name}")] + [pytest.mark.slow] * (name == "report"))
+        for name in SHARES
+    ],
 )
 def test_killed_anywhere_it_ends_with_the_right_bytes(stages, stage, record_property):
     seed = random.randrange(10**9)
