@@ -67,6 +67,7 @@ def test_killed_anywhere_it_ends_with_the_right_bytes(stages, stage, record_prop
     assert lost == 0, f"seed {seed}"
 
 
+@pytest.mark.slow  # its bytes are the report's too
 @pytest.mark.fault("two studies write into the same folders")
 def test_two_studies_that_share_their_folders_do_not_harm_each_other(tmp_path):
     """At the same time, on the same case store and the same page over all studies."""
