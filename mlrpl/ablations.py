@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Ablation, load_study
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, styled
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
 from mlrpl.statistics import interval
 from mlrpl.study import Workplace
@@ -191,5 +191,5 @@ def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
         ),
         Line2D([], [], color=OURS, linestyle="", marker="o", markersize=6, label="reference"),
     ]
-    _legend(canvas, handles)
+    add_legend(canvas, handles)
     return canvas

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.errors import StudyError
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, styled
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
 
 GROUP = ["scope", "class", "distance", "score"]
@@ -322,7 +322,7 @@ def coverage_figure(found: Results) -> Figure:
                 )
         ax.margins(0.12)
     axes[0].set_ylabel("right of the kept (%)")
-    _legend(
+    add_legend(
         figure,
         [
             Line2D([], [], linestyle="", marker="*", markersize=10, color=WR_COLOUR, label="WR"),
@@ -363,7 +363,7 @@ def predictor_figure(found: Results) -> Figure:
     _label_axes(grid)
     for ax in grid[:, 0]:
         ax.set_ylabel("AUROC")
-    _legend(
+    add_legend(
         figure,
         [*_measure_handles(), Line2D([], [], color="0.5", linewidth=0.7, linestyle=(0, (1, 1.5)), label="chance")],
     )
@@ -389,7 +389,7 @@ def reliability_diagram(found: Results) -> Figure:
         ax.plot([0, 1], [0, 100], **line)
         ax.set(title=title, xlabel="weight", ylim=(-3, 103))
     axes[0].set_ylabel("right pseudo-labels (%)")
-    _legend(figure, [*_measure_handles(), Line2D([], [], label="weight = share right", **line)])
+    add_legend(figure, [*_measure_handles(), Line2D([], [], label="weight = share right", **line)])
     return figure
 
 

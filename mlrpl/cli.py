@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Annotated, Literal
@@ -49,7 +51,7 @@ def reproduce(
     _end_with(parent)
     on_slurm = Resources(partition, gpus, time, memory, account, qos, jobs) if engine == "slurm" else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is a Ctrl-C
-    try:
+    with _interruptible():
         failures = run_study(
             study,
             data=data,
@@ -63,16 +65,12 @@ def reproduce(
             slurm=on_slurm,
             report_only=report_only,
         )
-    except KeyboardInterrupt:  # here, since typer ends without a word
-        print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
-        raise typer.Exit(StoppedError.exit_code) from None
     if failures:
         raise typer.Exit(1)
 
 
 Only = Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")]
 StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")]
-ResultsFolder = Annotated[str, typer.Option(help="Folder of results.")]
 
 
 @app.command()
@@ -95,11 +93,8 @@ def download(
     """Download a data set; an interrupted download goes on."""
     from mlrpl.download import download as fetch
 
-    try:
+    with _interruptible():
         fetch(name, Path(to))
-    except KeyboardInterrupt:
-        print("\nmlrpl: interrupted; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -107,16 +102,13 @@ def train(study: StudyName, only: Only = None, device: Device = None, runs: Runs
     """Train the runs of a prepared study; stops and resumes."""
     from mlrpl.steps import train_study
 
-    try:
+    with _interruptible():
         train_study(study, only, device, runs)
-    except KeyboardInterrupt:
-        print("\nmlrpl: interrupted; the same command goes on from the checkpoints", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command()
 def evaluate(
-    study: StudyName, only: Only = None, device: Device = None, runs: Runs = "runs", results: ResultsFolder = "results"
+    study: StudyName, only: Only = None, device: Device = None, runs: Runs = "runs", results: Results = "results"
 ) -> None:
     """Measure the trained runs of a study on their test cases."""
     from mlrpl.steps import evaluate_study
@@ -201,7 +193,7 @@ def cancel(study: str, runs: Runs = "runs") -> None:
 def bench(
     device: Device = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: shows only that it works.")] = False,
-    results: Annotated[str, typer.Option(help="Folder of results.")] = "results",
+    results: Results = "results",
 ) -> None:
     """Time the package beside its plain formulation, and a step of each method; results/bench/index.html."""
     from mlrpl.bench import bench as measure
@@ -223,6 +215,16 @@ def run(
     from mlrpl.study import Workplace, execute_run
 
     execute_run(Workplace(study, runs), name, device, tensorboard)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Says after a Ctrl-C how to go on; typer itself would end without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nmlrpl: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(StoppedError.exit_code) from None
 
 
 def _end_with(parent: int | None) -> None:

@@ -24,7 +24,16 @@ from torch import Tensor
 from mlrpl.config import study_names
 from mlrpl.data import Case
 from mlrpl.errors import StudyError
-from mlrpl.figures import _class_colour, _fitted, _halo, _image_grid, _legend, _outline, _show, styled
+from mlrpl.figures import (
+    add_legend,
+    class_colour,
+    dark_edge,
+    draw_outline,
+    image_grid,
+    show_slice,
+    styled,
+    write_fitted,
+)
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
@@ -75,7 +84,7 @@ def typical(place: Workplace) -> tuple[Job, str]:
             f"study {place.study.name}: no trained run in {place.root}/: make reproduce STUDY={place.given}"
         )
     job = next((job for job in jobs if job.run.variant == "mlrpl"), jobs[0])
-    cases = place.store.ids("test")
+    cases = place.data_of(job.run).ids("test")
     if (job.folder / "metrics.csv").exists():
         rows = pd.read_csv(job.folder / "metrics.csv")
         rows = rows[(rows["selection"] == "last") & (rows["output"] == "decoder1")]
@@ -172,7 +181,7 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
     planes = {"x–y": 2, "x–z": 1}
     size = np.multiply(case.image.shape[1:], case.spacing)
     windows = [np.delete(size, axis) for axis in planes.values()]
-    figure, grid, panel = _image_grid([window[1] / window[0] for window in windows], len(columns))
+    figure, grid, panel = image_grid([window[1] / window[0] for window in windows], len(columns))
     limits = np.percentile(case.image[0], (1, 99.5))
     picture = None
     for axes, (name, axis), window in zip(grid, planes.items(), windows, strict=True):
@@ -183,10 +192,10 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
 
         extent = (0, window[0], window[1], 0)
         for ax, column in zip(axes, columns, strict=True):
-            _show(ax, cut(case.image[0]), spacing, limits, window / 2, window)
+            show_slice(ax, cut(case.image[0]), spacing, limits, window / 2, window)
             if column == "prediction":
                 for index in range(1, len(classes)):
-                    _outline(ax, cut(shown.prediction) == index, spacing, _class_colour(index), 1)
+                    draw_outline(ax, cut(shown.prediction) == index, spacing, class_colour(index), 1)
             elif column == "disagreement":
                 _tint(ax, cut(shown.disagreement), DISAGREE_COLOUR, extent)
             elif column.startswith("surer"):
@@ -200,21 +209,21 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
                 ax.set(xlim=(0, window[0]), ylim=(window[1], 0))
             if case.label is not None:
                 for index in range(1, len(classes)):
-                    _outline(ax, cut(case.label) == index, spacing, "white", 0.8, halo=True)
+                    draw_outline(ax, cut(case.label) == index, spacing, "white", 0.8, halo=True)
             if axis != 2:
                 ax.invert_yaxis()
         axes[0].set_ylabel(name)
     for ax, column in zip(grid[0], columns, strict=True):
-        _fitted(ax.set_title, column, panel)
+        write_fitted(ax.set_title, column, panel)
     if picture is not None:
         figure.colorbar(picture, ax=grid[:, -1], shrink=0.7, aspect=25)
-    handles: list[Any] = [Line2D([], [], color="white", linewidth=2, path_effects=_halo(2), label="reference")]
-    handles += [Line2D([], [], color=_class_colour(c), label=f"prediction: {n}") for c, n in enumerate(classes) if c]
+    handles: list[Any] = [Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")]
+    handles += [Line2D([], [], color=class_colour(c), label=f"prediction: {n}") for c, n in enumerate(classes) if c]
     if shown.weight is not None:
         handles.append(Patch(color=DISAGREE_COLOUR, label="decoders disagree"))
         numbers = range(1, int(shown.teacher.max()) + 1)
         handles += [Patch(color=DECODER_COLOURS[n - 1], label=f"decoder {n} surer") for n in numbers]
-    _legend(figure, handles)
+    add_legend(figure, handles)
     return figure
 
 
@@ -283,7 +292,12 @@ def explorer(study: str, runs: str, results: str, device: str | None = None) -> 
         place = places[pick["Study"].value]
         job, case = typical(place)
         choose("Run", [(j.run.name, j) for j in explorable(place)], job)
-        choose("Case", place.store.ids("test"), case)
+        choose("Case", place.data_of(job.run).ids("test"), case)
+        case_changed()
+
+    def run_changed(_: Any = None) -> None:
+        cases = places[pick["Study"].value].data_of(pick["Run"].value.run).ids("test")
+        choose("Case", cases, pick["Case"].value if pick["Case"].value in cases else cases[0])
         case_changed()
 
     def case_changed(_: Any = None) -> None:
@@ -307,7 +321,7 @@ def explorer(study: str, runs: str, results: str, device: str | None = None) -> 
     def opacity_changed(_: Any) -> None:
         viewer.volumes[-1].opacity = opacity.value
 
-    changed = {"Study": study_changed, "Run": case_changed, "Case": case_changed, "Overlay": overlay_changed}
+    changed = {"Study": study_changed, "Run": run_changed, "Case": case_changed, "Overlay": overlay_changed}
     for name, react in changed.items():
         pick[name].observe(react, "value")
     opacity.observe(opacity_changed, "value")

@@ -105,10 +105,19 @@ def save(figure: Figure, folder: Path | str, name: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
+        _settle(figure)
         for kind, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
             partial = folder / f".{name}.{kind}.partial"
             figure.savefig(partial, format=kind, metadata=metadata)
             os.replace(partial, folder / f"{name}.{kind}")  # noqa: PTH105
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out for good, on round positions: the layout's solver varies in the last digits by chance."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 4))
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,7 @@ def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
             ax.set_ylim(bottom=0)
         axes[0].set_ylabel(f"{labelled} labelled", fontweight="bold")
-    _legend(figure, _line_handles(rows))
+    add_legend(figure, _line_handles(rows))
     return figure
 
 
@@ -216,7 +225,7 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
         Line2D([], [], linestyle="", marker="*", markersize=8, color="0.3", label="best check (published)"),
         Line2D([], [], linestyle="", marker="o", markersize=5, color="0.3", label="final weights (last)"),
     ]
-    _legend(figure, _line_handles(rows) + marks)
+    add_legend(figure, _line_handles(rows) + marks)
     return figure
 
 
@@ -251,7 +260,7 @@ def distributions(
                 ax.set_title(f"{labelled} labelled", loc="left")
         grid[0, column].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
     grid[0, 1].set_xlim(left=0)
-    _legend(figure, [*_dots_and_box_handles(), Line2D([], [], color="0.8", linewidth=0.8, label="the same case")])
+    add_legend(figure, [*_dots_and_box_handles(), Line2D([], [], color="0.8", linewidth=0.8, label="the same case")])
     return figure
 
 
@@ -319,7 +328,7 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
     boxes = [_box_around(view, z) for view, z in zip(views, slices, strict=True)]
     sizes = [np.multiply(view.image.shape[:2], view.spacing[:2]) for view in views]
     window = np.minimum(np.max([high - low for low, high in boxes], axis=0), np.max(sizes, axis=0))
-    figure, grid, panel = _image_grid([window[1] / window[0]] * len(views) * lines, columns)
+    figure, grid, panel = image_grid([window[1] / window[0]] * len(views) * lines, columns)
     weight = min(1, 0.3 + panel / 2)  # of lines and letters in small panels
     blocks = grid.reshape(len(views), -1)
     for row, (axes, view, z, (low, high), size) in enumerate(zip(blocks, views, slices, boxes, sizes, strict=True)):
@@ -327,25 +336,25 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
         centre = np.clip((low + high) / 2, half, size - half)
         limits = np.percentile(view.image, (1, 99.5))
         for ax, title in zip(axes, titles, strict=False):
-            _show(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
+            show_slice(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
             for index in range(1, len(classes)):
-                _outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 2 * weight, halo=True)
+                draw_outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 2 * weight, halo=True)
             for index in range(1, len(classes)):
                 mask = view.predictions[title][:, :, z] == index
-                _outline(ax, mask, view.spacing, _class_colour(index), weight)
+                draw_outline(ax, mask, view.spacing, class_colour(index), weight)
             if title in view.dice:
-                style = {"color": "white", "fontsize": 7.5 * weight, "path_effects": _halo(0.7)}
+                style = {"color": "white", "fontsize": 7.5 * weight, "path_effects": dark_edge(0.7)}
                 ax.text(0.03, 0.03, f"Dice {100 * view.dice[title]:.1f} %", transform=ax.transAxes, **style)
             if row == 0 or lines > 1:
-                _fitted(ax.set_title, title, panel)
+                write_fitted(ax.set_title, title, panel)
         for ax in axes[len(titles) :]:
             ax.set_axis_off()
-        _fitted(axes[0].set_ylabel, view.name, window[1] / window[0] * panel)
-    reference = Line2D([], [], color="white", linewidth=2, path_effects=_halo(2), label="reference")
+        write_fitted(axes[0].set_ylabel, view.name, window[1] / window[0] * panel)
+    reference = Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")
     predicted = _class_handles(classes)
     for handle in predicted:
         handle.set_label(f"prediction: {handle.get_label()}")
-    _legend(figure, [reference, *predicted])
+    add_legend(figure, [reference, *predicted])
     return figure
 
 
@@ -358,7 +367,7 @@ def case_montage(cases: Sequence[Case], classes: Sequence[str]) -> Figure:
     planes = {"x–y": 2, "x–z": 1, "y–z": 0}
     sizes = np.array([np.multiply(case.image.shape[1:], case.spacing) for case in cases])
     windows = [np.delete(sizes.max(axis=0), axis) for axis in planes.values()]
-    figure, grid, panel = _image_grid([window[1] / window[0] for window in windows], len(cases))
+    figure, grid, panel = image_grid([window[1] / window[0] for window in windows], len(cases))
     for axes, (name, axis), window in zip(grid, planes.items(), windows, strict=True):
         for ax, case, size in zip(axes, cases, sizes, strict=True):
             spacing = np.delete(case.spacing, axis)
@@ -366,15 +375,15 @@ def case_montage(cases: Sequence[Case], classes: Sequence[str]) -> Figure:
             areas = (label > 0).sum(axis=tuple(np.delete(range(3), axis)))
             at = int(areas.argmax()) if areas.any() else len(areas) // 2
             limits = np.percentile(case.image[0], (1, 99.5))
-            _show(ax, case.image[0].take(at, axis), spacing, limits, np.delete(size, axis) / 2, window)
+            show_slice(ax, case.image[0].take(at, axis), spacing, limits, np.delete(size, axis) / 2, window)
             for index in range(1, len(classes)):
-                _outline(ax, label.take(at, axis) == index, spacing, _class_colour(index), width=1)
+                draw_outline(ax, label.take(at, axis) == index, spacing, class_colour(index), width=1)
             if axis != 2:
                 ax.invert_yaxis()
         axes[0].set_ylabel(name)
     for ax, case in zip(grid[0], cases, strict=True):
-        _fitted(ax.set_title, case.id if case.label is not None else f"{case.id}\n(no label)", panel)
-    _legend(figure, _class_handles(classes))
+        write_fitted(ax.set_title, case.id if case.label is not None else f"{case.id}\n(no label)", panel)
+    add_legend(figure, _class_handles(classes))
     return figure
 
 
@@ -396,7 +405,7 @@ def intensity_histograms(cases: Sequence[Case], classes: Sequence[str]) -> Figur
         labelled = [case for case in cases if case.label is not None]
         for index, name in enumerate(classes):
             values = np.concatenate([case.image[channel][case.label == index] for case in labelled])
-            colour = _class_colour(index) if index else "0.6"
+            colour = class_colour(index) if index else "0.6"
             by_class.fill_between(middles, _density(values, bins), color=colour, alpha=0.3, linewidth=0)
             by_class.plot(middles, _density(values, bins), color=colour, linewidth=1.2, label=name)
         for ax in (whole, by_class):
@@ -432,7 +441,7 @@ def grids(store: Store) -> Figure:
         unit = "mm" if known else "voxels"
         ax.set_xlabel(f"field of view ({unit})" if what == "extent" else "voxel size (mm)")
     axes[0].set_yticks(range(3 * len(splits)), [f"{axis}, {split}" for axis in "xyz" for split in splits])
-    _legend(figure, _dots_and_box_handles())
+    add_legend(figure, _dots_and_box_handles())
     return figure
 
 
@@ -459,7 +468,7 @@ def label_volumes(store: Store) -> Figure:
         ax.set_yticks(range(len(splits)), [f"{split} ({len(volumes[split])})" for split in splits])
         ax.tick_params(axis="y", length=0)
         ax.grid(False, axis="y")
-    _legend(figure, _dots_and_box_handles())
+    add_legend(figure, _dots_and_box_handles())
     return figure
 
 
@@ -522,7 +531,7 @@ def _box_around(view: CaseView, z: int) -> tuple[np.ndarray, np.ndarray]:
     return low - margin, high + margin
 
 
-def _image_grid(ratios: Sequence[float], columns: int) -> tuple[Figure, np.ndarray, float]:
+def image_grid(ratios: Sequence[float], columns: int) -> tuple[Figure, np.ndarray, float]:
     """A figure of image panels, its axes and their width in inches; ``ratios``: height by width in each row."""
     width = min((WIDTH - 0.3) / columns, 2.4, 6.5 / sum(ratios))
     figure = NotebookFigure(figsize=(0.3 + width * columns, 0.6 + width * sum(ratios)), layout="compressed")
@@ -530,7 +539,7 @@ def _image_grid(ratios: Sequence[float], columns: int) -> tuple[Figure, np.ndarr
     return figure, figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios), width
 
 
-def _show(
+def show_slice(
     ax: Axes,
     plane: np.ndarray,
     spacing: Sequence[float],
@@ -548,7 +557,7 @@ def _show(
         spine.set_visible(False)
 
 
-def _outline(
+def draw_outline(
     ax: Axes, mask: np.ndarray, spacing: Sequence[float], colour: str, width: float, halo: bool = False
 ) -> None:
     """Contour of a mask of a slice, in mm, ``width`` in points; a halo sets it off from a bright image."""
@@ -558,19 +567,21 @@ def _outline(
     x, y = ((np.arange(-1, n + 1) + 0.5) * step for n, step in zip(mask.shape, spacing[:2], strict=True))
     lines = ax.contour(x, y, padded.T, levels=[0.5], colors=[colour], linewidths=width)
     if halo:
-        lines.set_path_effects(_halo(width))
+        lines.set_path_effects(dark_edge(width))
 
 
-def _halo(width: float) -> list[AbstractPathEffect]:
+def dark_edge(width: float) -> list[AbstractPathEffect]:
+    """Sets a line or text of a width in points off from a bright image."""
     return [Stroke(linewidth=width + 0.8, foreground="black"), Normal()]
 
 
-def _class_colour(index: int) -> str:
+def class_colour(index: int) -> str:
+    """Colour of a class by its index, from 1; 0 is background."""
     return CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
 
 
 def _class_handles(classes: Sequence[str]) -> list[Line2D]:
-    return [Line2D([], [], color=_class_colour(index), label=name) for index, name in enumerate(classes) if index]
+    return [Line2D([], [], color=class_colour(index), label=name) for index, name in enumerate(classes) if index]
 
 
 def _line_handles(rows: Sequence[tuple[int, list[Series]]]) -> list[Line2D]:
@@ -578,7 +589,7 @@ def _line_handles(rows: Sequence[tuple[int, list[Series]]]) -> list[Line2D]:
     return [Line2D([], [], color=one.colour, linestyle=one.line, label=one.name) for one in series.values()]
 
 
-def _fitted(write: Callable[..., Any], text: str, room: float) -> None:
+def write_fitted(write: Callable[..., Any], text: str, room: float) -> None:
     """Write a label no longer than there is room, in inches: in two lines, then smaller."""
     room *= 0.93
     if _length(text, 7.5) > room:
@@ -591,7 +602,7 @@ def _length(text: str, size: float) -> float:
     return max(map(len, text.split("\n"))) * 0.62 * size / 72
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One legend below the figure, in as many columns as fit its width."""
     lengths = [0.65 + _length(handle.get_label(), 7.5) for handle in handles]
     columns = len(handles)

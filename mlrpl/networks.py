@@ -3,7 +3,8 @@
 All nine methods use these blocks. Every size below is in voxels; feature maps are (N, channels, x, y, z).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,27 @@ class VNet(nn.Module):
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+@contextmanager
+def counted_volumes(module: nn.Module) -> Iterator[dict[type[nn.Module], list[int]]]:
+    """Within, each pass through an encoder or a decoder of `module` adds its number of volumes to that part's list."""
+    passes: dict[type[nn.Module], list[int]] = {Encoder: [], Decoder: []}
+
+    def count(volumes: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: volumes.append(len(inputs[0]))
+
+    # The first stage of each: a decoder's own input is a list of maps.
+    handles = [
+        part.stages[0].register_forward_pre_hook(count(passes[type(part)]))
+        for part in module.modules()
+        if type(part) in passes
+    ]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:

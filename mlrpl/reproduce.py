@@ -60,10 +60,19 @@ OPTIMISM = "Points of Dice by which choosing the weights on the test cases excee
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, with Holm's correction over the methods at one number of labelled cases.
 Final weights, decoder 1."""
-ABLATIONS = (
-    """Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."""
+ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."
+RELIABILITY = "AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."
+REPORTING = (
+    "ablations",
+    "audit_report",
+    "explore",
+    "figures",
+    "report",
+    "reproduce",
+    "results",
+    "statistics",
+    "tables",
 )
-RELIABILITY = """AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."""
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
     "label-efficiency": "Final weights, decoder 1; bars are the standard deviation over seeds.",
@@ -263,16 +272,11 @@ def _report_key(place: Workplace, found: Results) -> dict[str, str]:
     """What the report depends on: rows, the study's words and the code that shows them."""
     sources = [NOTEBOOKS / f"{name}.ipynb" for name in report_notebooks(place, found)]
     sources += sorted((PACKAGE / "templates").rglob("*.*"))
-    sources += [PACKAGE / f"{name}.py" for name in REPORT_CODE]
+    sources += [PACKAGE / f"{name}.py" for name in REPORTING]
     if place.study.ablations_of:
         sources += sorted((place.results.parent / place.study.ablations_of).glob("*.csv"))
     runs = found.runs[["run", "key", "adopted"]].values.tolist()
     return {"key": _hash([runs, place.study.model_dump(), _data_key(place), _source(*sources)])}
-
-
-REPORT_CODE = (
-    *("ablations", "audit_report", "explore", "figures", "report", "reproduce", "results", "statistics", "tables"),
-)
 
 
 def report_notebooks(place: Workplace, found: Results) -> list[str]:
@@ -378,7 +382,7 @@ def page(folder: Path, job: Job, notebook: str) -> Path:
 def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None:
     study, folder = place.study, place.results
     everything, found = found, found.compared()
-    comparison = tables.comparison(found.metrics, found.runs, [f.model_dump() for f in study.paper])
+    made = comparison_tables(place, found)
     runs = len({job.key for job in place.jobs})
     done = f"{len(everything)} of {runs} runs are finished. " if len(everything) < runs else ""
     if dirty := everything.runs["commit"].astype(str).str.endswith(CHANGED).sum():
@@ -388,21 +392,21 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         Section(
             "Comparison",
             text=done + COMPARISON,
-            table=tables.formatted(comparison, study.distances),
+            table=made["comparison"],
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
         Section(
             "How sure is that",
             f"{SURE} {statistics.limits(sure)}",
-            statistics.formatted(sure),
+            made["statistics"],
             figures=_pictures(folder, "differences"),
         ),
-        Section("What the published selection adds", OPTIMISM, tables.formatted_optimism(found.metrics, found.runs)),
-        *_normalisation_section(found),
+        Section("What the published selection adds", OPTIMISM, made["optimism"]),
+        *_normalisation_section(made["normalisation"]),
         *_ablation_section(place),
         *_reliability_section(place, everything),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
-        Section("Cost of a training step", COST, cost_table(place, found)),
+        Section("Cost of a training step", COST, made["cost"]),
         Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
         Section(
             "Notebooks",
@@ -424,8 +428,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     )
 
 
-def _normalisation_section(found: Results) -> list[Section]:
-    table = tables.formatted_normalisation(found.metrics, found.runs)
+def _normalisation_section(table: pd.DataFrame) -> list[Section]:
     return [Section("What BatchNorm's running statistics cost", NORMALISATION, table)] if len(table) else []
 
 
@@ -502,6 +505,19 @@ def write_overview(results: Path) -> None:
 # What notebook 04 shows beyond the rows.
 
 
+def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
+    """The tables of 04-compare as text, by the names of their files; the last needs the case store."""
+    paper = [figure.model_dump() for figure in place.study.paper]
+    rows = found.metrics, found.runs
+    return {
+        "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
+        "statistics": statistics.formatted(statistics.summary(*rows)),
+        "optimism": tables.formatted_optimism(*rows),
+        "normalisation": tables.formatted_normalisation(*rows),
+        **({"cost": cost_table(place, found)} if place.at_hand else {}),
+    }
+
+
 def cost_table(place: Workplace, found: Results) -> pd.DataFrame:
     """What a training step of each method costs: `mlrpl.tables.cost`."""
     first = found.runs.drop_duplicates("title")["run"]
@@ -519,8 +535,8 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     """
     found = found.compared()
     shown_runs = set(found.runs["run"])
-    at_hand = [job for job in place.jobs if job.run.name in shown_runs and _predictions(place, job).exists()]
-    local = representative(at_hand)
+    predicted = [job for job in place.jobs if job.run.name in shown_runs and _predictions(place, job).exists()]
+    local = representative(predicted)
     if not local:
         return [], "No label maps are at hand."
     reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])
@@ -537,19 +553,36 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
         .mean()
         for job in shown
     }
+    maps = {job.run.name: _label_maps(place, job) for job in shown}
+    at_hand = set.intersection(*(set(files) for files in maps.values()))
     ranked = dice[reference.run.name].sort_values(ascending=False, kind="stable")
+    ranked = ranked[ranked.index.isin(at_hand)]
     chosen = {"best": ranked.index[0], "median": ranked.index[len(ranked) // 2], "worst": ranked.index[-1]}
     views = []
     for rank, case_id in chosen.items():
         case = place.store.load(case_id)
-        predictions = {}
-        for job in shown:
-            with np.load(_predictions(place, job)) as maps:
-                predictions[_label(job, reference)] = maps[case_id]
+        predictions = {_label(job, reference): _label_map(maps[job.run.name][case_id], case_id) for job in shown}
         scores = {_label(job, reference): dice[job.run.name][case_id] for job in shown}
         views.append(CaseView(f"{rank}: {case_id}", case.image[0], case.label, predictions, scores, case.spacing))
     said = f"{reference.run.title}, {reference.run.labelled} labelled, seed {reference.run.seed}"
     return views, f"Chosen by the Dice of {said}: best, median, worst."
+
+
+def _label_maps(place: Workplace, job: Job) -> dict[str, Path]:
+    """The file that holds each test case's label map of a run; of a cross-validation, all folds' cases."""
+    whole = job.run.model_copy(update={"fold": None})
+    files: dict[str, Path] = {}
+    for fold in place.jobs:
+        path = _predictions(place, fold)
+        if fold.run.model_copy(update={"fold": None}) == whole and path.exists():
+            with np.load(path) as maps:
+                files |= dict.fromkeys(maps.files, path)
+    return files
+
+
+def _label_map(file: Path, case_id: str) -> np.ndarray:
+    with np.load(file) as maps:
+        return maps[case_id]
 
 
 def _label(job: Job, reference: Job) -> str:

@@ -62,7 +62,8 @@ class Results:
         """Without the runs that only ablations ask for: what the study's methods are compared by."""
         if "ablation" not in self.runs:  # results from before there were ablations
             return self
-        return self.only(self.runs[self.runs["ablation"].fillna("") == ""])
+        ablation = self.runs["ablation"]
+        return self.only(self.runs[ablation.isna() | (ablation == "")])
 
     def only(self, runs: pd.DataFrame) -> "Results":
         """The rows of these runs alone."""

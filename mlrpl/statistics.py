@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, _legend, colours, styled
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import comparison, per_case
 
 LEVEL = 0.95
@@ -192,5 +192,5 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
     mark = Line2D(
         [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean and 95 % interval"
     )
-    _legend(figure, [mark])
+    add_legend(figure, [mark])
     return figure

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlrpl import tables
 from mlrpl.config import study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
+from mlrpl.locks import locked
 from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import write_study
 from mlrpl.reproduce import headline
@@ -52,7 +52,7 @@ def train_study(name: str, only: str | None, device: str | None, runs: str) -> N
         if job.finished("train"):
             print(f"{job.run.name}: trained already")
             continue
-        with _locked(job), progress_bar(job.run) as watch:
+        with _alone(job), progress_bar(job.run) as watch:
             place.train(job.run.name, device, watch)
 
 
@@ -63,7 +63,7 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
     if not jobs:
         raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
     for job in jobs:
-        with _locked(job), _bar(job.run.name, "case") as show:
+        with _alone(job), _bar(job.run.name, "case") as show:
             place.evaluate(job.run.name, device, show)
     found = collect(jobs, Results.load(place.results))
     found.save(place.results)
@@ -117,14 +117,11 @@ def _chosen(place: Workplace, only: str | None) -> Iterator[Job]:
 
 
 @contextmanager
-def _locked(job: Job) -> Iterator[None]:
+def _alone(job: Job) -> Iterator[None]:
     job.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(job.folder / ".lock", timeout=0):
-            remove_temporary(job.folder)
-            yield
-    except Timeout:
-        raise StudyError(f"run {job.run.name}: another process is at it") from None
+    with locked(job.folder, f"run {job.run.name}: another process is at it"):
+        remove_temporary(job.folder)
+        yield
 
 
 @contextmanager

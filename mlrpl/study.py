@@ -150,9 +150,10 @@ class Workplace:
         folders: dict[str, Path] = {folder.name[-8:]: folder for folder in self.runs.glob("*-????????")}
         for run in self.study.runs():
             method = find_method(run.method)
-            if (network := repr((run.method, run.options, run.settings))) not in built:
+            audited = bool(run.audit_every)
+            if (network := repr((run.method, run.options, run.settings, audited))) not in built:
                 decoders = build(run, self.store.channels, len(self.store.classes)).network.decoders
-                if run.audit_every and len(decoders) < 2:
+                if audited and len(decoders) < 2:
                     raise StudyError(
                         f"study {self.study.name}: {run.variant} has one decoder, so there is nothing to audit"
                     )

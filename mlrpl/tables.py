@@ -146,65 +146,62 @@ def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """What selecting on the test cases adds: published minus last, in points of Dice.
 
     Returns:
-        A row a (labelled, title, output): ``last`` and ``published`` Dice in %, ``optimism`` as the mean over seeds of
-        their difference, ``optimism_sd`` over seeds, ``seeds``. Runs without a published selection are left out.
+        A row a (labelled, title, output), see :func:`_gain`: ``last``, ``published`` and their ``difference``. Runs
+        without a published selection are left out.
     """
-    key = ["labelled", "title", "output"]
-    rows = titled(metrics, runs)
-    dice = rows.pivot_table("dice", [*key, "seed"], "selection", aggfunc="mean", observed=True)
-    dice = dice.reindex(columns=SELECTIONS).dropna() * 100
-    dice["optimism"] = dice["published"] - dice["last"]
-    groups = dice.groupby(key, observed=True)
-    table = groups.mean()
-    table["optimism_sd"] = groups["optimism"].std(ddof=1)
-    table["seeds"] = groups.size()
-    return table.reset_index().astype({"title": str, "output": str})
+    return _gain(
+        titled(metrics, runs), ["labelled", "title", "output"], "selection", {name: name for name in SELECTIONS}
+    )
 
 
 def formatted_optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """:func:`optimism` as text, for a page."""
     table = optimism(metrics, runs)
-    return pd.DataFrame(
-        {
-            "Labelled": table["labelled"].astype(str),
-            "Method": table["title"],
-            "Output": table["output"].map(OUTPUTS),
-            "Last": table["last"].map(_number),
-            "Published": table["published"].map(_number),
-            "Difference": [_mean_and_sd(m, d) for m, d in zip(table["optimism"], table["optimism_sd"], strict=True)],
-        }
-    )
+    return _formatted_gain(table, {"last": "Last", "published": "Published"}, table["output"].map(OUTPUTS))
 
 
 def normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """What BatchNorm's running statistics cost: Dice of the final weights with them, and with each volume's own.
 
     Returns:
-        A row a (labelled, title): ``running`` and ``own`` Dice of decoder 1 in %, ``difference`` as the mean over seeds
-        of own − running, ``difference_sd`` over seeds, ``seeds``. Rows from before there was this output are left out.
+        A row a (labelled, title), see :func:`_gain`: ``running`` and ``own`` Dice of decoder 1, and their
+        ``difference``. Rows from before there was this output are left out.
     """
-    key = ["labelled", "title"]
     rows = titled(metrics, runs, ("decoder1", OWN)).query("selection == 'last'")
-    dice = rows.pivot_table("dice", [*key, "seed"], "output", aggfunc="mean", observed=True)
-    dice = dice.reindex(columns=["decoder1", OWN]).dropna().set_axis(["running", "own"], axis=1) * 100
-    dice["difference"] = dice["own"] - dice["running"]
-    groups = dice.groupby(key, observed=True)
-    table = groups.mean()
-    table["difference_sd"] = groups["difference"].std(ddof=1)
-    table["seeds"] = groups.size()
-    return table.reset_index().astype({"title": str})
+    return _gain(rows, ["labelled", "title"], "output", {"decoder1": "running", OWN: "own"})
 
 
 def formatted_normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """:func:`normalisation` as text, for a page."""
-    table = normalisation(metrics, runs)
+    return _formatted_gain(normalisation(metrics, runs), {"running": "Running statistics", "own": "Each volume's own"})
+
+
+def _gain(rows: pd.DataFrame, by: list[str], column: str, names: Mapping[str, str]) -> pd.DataFrame:
+    """What the second of two values of a column adds to the first's Dice.
+
+    Returns:
+        A row a group of ``by``: Dice in % of both, as ``names`` calls them, means over seeds; ``difference``, the mean
+        over seeds of second − first; ``difference_sd``; ``seeds``. Runs that lack one of the two are left out.
+    """
+    dice = rows.pivot_table("dice", [*by, "seed"], column, aggfunc="mean", observed=True)
+    dice = dice.reindex(columns=list(names)).dropna().set_axis(list(names.values()), axis=1) * 100
+    first, second = names.values()
+    dice["difference"] = dice[second] - dice[first]
+    groups = dice.groupby(by, observed=True)
+    table = groups.mean()
+    table["difference_sd"] = groups["difference"].std(ddof=1)
+    table["seeds"] = groups.size()
+    return table.reset_index().astype({name: str for name in by if name != "labelled"})
+
+
+def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], output: pd.Series | None = None) -> pd.DataFrame:
     pairs = zip(table["difference"], table["difference_sd"], strict=True)
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            "Running statistics": table["running"].map(_number),
-            "Each volume's own": table["own"].map(_number),
+            **({} if output is None else {"Output": output}),
+            **{heading: table[name].map(_number) for name, heading in headings.items()},
             "Difference": [_mean_and_sd(*pair) for pair in pairs],
         }
     )

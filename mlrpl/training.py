@@ -222,8 +222,8 @@ def make_batches(run: Run, store: Store, method: Method) -> Batches:
 
 def hidden_labels(run: Run, store: Store) -> dict[str, np.ndarray]:
     """Labels of the unlabelled training cases that have one, by case id: for the audit alone."""
-    cases = map(store.load, split_training(run, store, uses_unlabelled=True)[1])
-    return {case.id: case.label for case in cases if case.label is not None}
+    labels = {case: store.label(case) for case in split_training(run, store, uses_unlabelled=True)[1]}
+    return {case: label for case, label in labels.items() if label is not None}
 
 
 def make_method(run: Run, store: Store, device: torch.device) -> Method:

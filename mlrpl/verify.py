@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mlrpl import tables
+from mlrpl import ablations, audit_report, tables
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS, SELECTIONS
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, device_name, environment
+from mlrpl.reproduce import comparison_tables
 from mlrpl.results import Results
 from mlrpl.study import Job, Workplace
 from mlrpl.training import find_device, load
@@ -65,15 +66,22 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
     return findings
 
 
+def _made(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
+    """Every table of the report, from the rows."""
+    made = comparison_tables(place, found.compared())
+    shown = ablations.shown(place)
+    for ablation in shown.ablations:
+        made[f"ablation-{ablation.name}"] = ablations.formatted(ablations.table(shown.found, ablation), ablation)
+    if len(found.audit):
+        subject = audit_report.subject(found)
+        made["reliability-which"] = audit_report.choice_table(subject)
+        made["reliability-how"] = audit_report.predictor_table(subject)
+    return made
+
+
 def _tables(place: Workplace, found: Results) -> Iterator[Finding]:
     """Every entry of the tables, in both forms, anew from the rows."""
-    paper = [figure.model_dump() for figure in place.study.paper]
-    comparison = tables.comparison(found.metrics, found.runs, paper)
-    made = {
-        "comparison": tables.formatted(comparison, place.study.distances),
-        "optimism": tables.formatted_optimism(found.metrics, found.runs),
-    }
-    for name, table in made.items():
+    for name, table in _made(place, found).items():
         committed = place.results / "tables" / f"{name}.csv"
         if not committed.exists():
             yield Finding(f"tables/{name}", 0, remark="not there")
@@ -138,14 +146,15 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
 def _predictions(place: Workplace, jobs: list[Job]) -> Finding:
     """Metrics of the final weights, decoder 1, anew from label maps and references."""
     compared, wrong = 0, []
-    cases = {case: place.store.load(case) for case in place.store.ids("test")}
     for job in jobs:
         if not (job.folder / PREDICTIONS).exists():
             continue
         rows = pd.read_csv(job.folder / "metrics.csv").query("selection == 'last' and output == 'decoder1'")
+        data = place.data_of(job.run)
+        cases = {case: data.load(case) for case in data.ids("test")}
         with np.load(job.folder / PREDICTIONS) as maps:
             for row in rows.to_dict("records"):
-                case, c = cases[row["case"]], place.store.classes.index(row["class"])
+                case, c = cases[row["case"]], data.classes.index(row["class"])
                 spacing = case.spacing if job.distances == "mm" else None
                 measured = case_metrics(maps[row["case"]] == c, case.label == c, spacing)
                 compared += 1

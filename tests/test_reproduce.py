@@ -581,7 +581,7 @@ def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tm
         process.kill()
     assert process.returncode == 130, said + errors
     assert "Traceback" not in said + errors
-    assert errors.rstrip().endswith("mlrpl: interrupted; the same command goes on from the checkpoints")
+    assert errors.rstrip().endswith("mlrpl: interrupted; the same command goes on")
     at = load(folder / "checkpoint.pt", CPU)["iteration"]
     assert 3 <= at < 30
     assert f"run own-1-s0: interrupted, its checkpoint is at iteration {at} of 30; the same command goes on" in said

@@ -184,11 +184,11 @@ def test_per_case_pairs_titles_and_averages_seeds(metrics, runs):
 
 def test_optimism_is_published_minus_last_in_points(metrics, runs):
     table = optimism(metrics, runs)
-    assert table["optimism"].to_numpy() == pytest.approx(3)
+    assert table["difference"].to_numpy() == pytest.approx(3)
     first = table.iloc[0]
     assert (first["labelled"], first["title"], first["output"], first["seeds"]) == (8, "V-Net", "decoder1", 3)
     assert first["last"] == pytest.approx(73)
-    assert first["optimism_sd"] == pytest.approx(0)
+    assert first["difference_sd"] == pytest.approx(0)
     assert optimism(metrics[metrics["selection"] == "last"], runs).empty
 
 

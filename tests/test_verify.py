@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from mlrpl import tables
+from mlrpl.reproduce import comparison_tables
 from mlrpl.results import Results, collect
 from mlrpl.study import Workplace
 from mlrpl.training import load
@@ -43,9 +44,8 @@ def finished(tmp_path_factory) -> Path:
             place.evaluate(job.run.name, "cpu")
         collect(place.jobs, Results.load(place.results)).save(place.results)
         found = Results.load(place.results)
-        comparison = tables.formatted(tables.comparison(found.metrics, found.runs), "voxels")
-        tables.save(comparison, place.results / "tables", "comparison")
-        tables.save(tables.formatted_optimism(found.metrics, found.runs), place.results / "tables", "optimism")
+        for name, table in comparison_tables(place, found).items():
+            tables.save(table, place.results / "tables", name)
     return folder
 
 
@@ -65,6 +65,8 @@ def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
     findings = {finding.what: finding for finding in verify(verified, "mlrpl-1-s0")}
     assert wrong(list(findings.values())) == {}
     assert findings["tables/comparison"].compared == 6 * 11
+    others = {name: findings[f"tables/{name}"] for name in ("statistics", "optimism", "normalisation", "cost")}
+    assert all(finding.compared for finding in others.values()), others
     assert findings["rows against runs/"].compared == 6
     assert findings["rows against predicted label maps"].compared == findings["keys of runs"].compared == 2
     assert findings["weights of mlrpl-1-s0, trained anew"].compared > 100

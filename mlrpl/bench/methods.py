@@ -4,7 +4,6 @@
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from mlrpl.bench.timing import seconds
 from mlrpl.bench.works import FLOAT32, Size, make_batch, make_method, yardstick
 from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Step
-from mlrpl.networks import VNet, count_parameters
+from mlrpl.networks import Encoder, count_parameters, counted_volumes
 from mlrpl.precision import choose_precision
 from mlrpl.process import tune
 from mlrpl.training import (
@@ -73,22 +72,6 @@ def _measured(method: str, size: Size, device: str, repeats: int) -> dict[str, A
     return {**json.loads(output.splitlines()[-1]), "note": ""}
 
 
-@contextlib.contextmanager
-def counted_passes(method: torch.nn.Module) -> Iterator[list[int]]:
-    """Within, every forward pass through a V-Net's encoder adds its number of volumes to the list."""
-    volumes: list[int] = []
-    handles = [
-        module.encoder.register_forward_pre_hook(lambda _, inputs: volumes.append(len(inputs[0])))
-        for module in method.modules()
-        if isinstance(module, VNet)
-    ]
-    try:
-        yield volumes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def measure(name: str, size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds of a step (the fastest of `repeats`), peak memory, parameters, and forward passes of one method.
 
@@ -123,10 +106,10 @@ def method_step(
 
     def step() -> None:
         generator = seed_iteration(0, iteration, device)
-        with counted_passes(method) as volumes:
+        with counted_volumes(method) as passes:
             where = Step(iteration, method.settings.iterations, generator)
             optimise(method, to_device(batch, device), where, optimizer, scaler, precision)
-        facts.update(passes=len(volumes), volumes=sum(volumes))
+        facts.update(passes=len(passes[Encoder]), volumes=sum(passes[Encoder]))
 
     return step, facts
 

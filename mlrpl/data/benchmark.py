@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from pydantic import Field
 
-from mlrpl.data.bounds import read_h5
+from mlrpl.data.bounds import H5_ERRORS, read_h5
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Options, Raw, Rejected
 from mlrpl.errors import StudyError
@@ -76,7 +76,7 @@ class Benchmark:
         try:
             with h5py.File(self.root / name) as file:
                 image, label = read_h5(file, "image", name), read_h5(file, "label", name)
-        except (OSError, RuntimeError) as error:
+        except H5_ERRORS as error:
             raise StudyError(
                 f"{name}: cannot be read as HDF5, it may be cut short; copy it again "
                 f"({str(error).splitlines()[0][:80]})"

@@ -109,12 +109,16 @@ def read_bounded(path: Path, limit: int, cut: bool = False) -> bytes:
     return data
 
 
+# What h5py makes of HDF5's own errors, whichever byte of a file is damaged.
+H5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError)
+
+
 def read_h5(file: h5py.File, key: str, name: str) -> np.ndarray:
     """A dataset (x, y, z) of an open HDF5 file.
 
     Raises:
         StudyError: where it is missing, lies in another file, holds no numbers or more than memory can.
-        OSError, RuntimeError: where it cannot be read.
+        H5_ERRORS: where it cannot be read.
     """
     link: Any = file.get(key, getlink=True) if key in file else None
     found = file[key] if isinstance(link, h5py.HardLink) else None

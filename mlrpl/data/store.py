@@ -73,25 +73,32 @@ class Store:
         held = set(labelled[number::folds])
         cases = [case | {"split": "test"} if case["id"] in held else case for case in self.index["cases"]]
         return Store(self.folder, self.index | {"cases": cases, "fingerprint": fingerprint(cases)})
+
     def size(self, case_ids: list[str]) -> int:
         """Bytes of these cases in memory."""
         return sum(entry["bytes"] for case in case_ids for entry in self._cases[case]["arrays"].values())
 
     def load(self, case_id: str) -> Case:
         """Read one case and check its bytes; StudyError when it is not in the store or damaged."""
+        image, label = self._read(case_id, "image"), self.label(case_id)
+        case = self._cases[case_id]
+        return Case(case_id, case["split"], image, label, tuple(case["spacing"]))
+
+    def label(self, case_id: str) -> np.ndarray | None:
+        """Read one case's reference alone, None where it has none; raises as `load`."""
+        return self._read(case_id, "label")
+
+    def _read(self, case_id: str, name: str) -> np.ndarray | None:
         if case_id not in self._cases:
             raise StudyError(f"{self.folder}: no case '{case_id}' in this store")
-        case = self._cases[case_id]
-        arrays = {name: self._read(case_id, name, entry["sha256"]) for name, entry in case["arrays"].items()}
-        return Case(case_id, case["split"], arrays["image"], arrays.get("label"), tuple(case["spacing"]))
-
-    def _read(self, case_id: str, name: str, sha256: str) -> np.ndarray:
+        if name not in self._cases[case_id]["arrays"]:
+            return None
         path = array_path(self.folder, case_id, name)
         try:
             data = path.read_bytes()
         except OSError as error:
             raise _damaged(self.folder, path, error.strerror or "cannot be read") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != self._cases[case_id]["arrays"][name]["sha256"]:
             raise _damaged(self.folder, path, "its bytes have changed since it was prepared")
         return np.load(io.BytesIO(data), allow_pickle=False)
 

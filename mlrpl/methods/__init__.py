@@ -19,7 +19,7 @@ from mlrpl.methods.ssnet import SSNet
 from mlrpl.methods.uamt import UAMT
 from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
-from mlrpl.networks import STRIDE, Decoder, Encoder
+from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes
 
 __all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method", "result_version", "volumes_a_step"]
 
@@ -87,22 +87,12 @@ def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, i
     Counted in a step on the smallest patch; passes without gradient, such as a teacher's, count too.
     """
     settings = run.settings.model_copy(update={"patch": (STRIDE,) * 3, "filters": 2})
-    counts = {Encoder: 0, Decoder: 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         method = build(run.model_copy(update={"settings": settings}), in_channels, num_classes).train()
         labelled = settings.batch[0] if method.uses_unlabelled else sum(settings.batch)
         image = torch.randn(sum(settings.batch), in_channels, *settings.patch)
         batch = Batch(image, torch.randint(num_classes, (labelled, *settings.patch)))
-
-        def count(part: type, first: torch.nn.Module) -> None:
-            def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                counts[part] += len(inputs[0])
-
-            first.register_forward_pre_hook(add)
-
-        for module in method.modules():
-            if type(module) in counts:
-                count(type(module), module.stages[0])
-        method.loss(batch, Step(1, settings.iterations, torch.Generator()))
-    return counts[Encoder], counts[Decoder]
+        with counted_volumes(method) as passes:
+            method.loss(batch, Step(1, settings.iterations, torch.Generator()))
+    return sum(passes[Encoder]), sum(passes[Decoder])
