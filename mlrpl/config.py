@@ -53,12 +53,18 @@ class Dataset(Model):
 
 
 class Settings(Model):
-    """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA."""
+    """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA.
+
+    Attributes:
+        normalisation: "batch", as published, predicts with running averages over labelled and unlabelled volumes. With
+            very few labelled volumes these averages can fit neither; "instance" needs none.
+    """
 
     patch: Sides = (112, 112, 80)
     stride: Sides = (18, 18, 4)
     augmentation: tuple[Literal["rot90", "flip", "mirror"], ...] = ("rot90", "flip")
     filters: Annotated[int, Field(gt=0, le=512)] = 16
+    normalisation: Literal["batch", "instance"] = "batch"
     iterations: Annotated[int, Field(gt=0)] = 15_000
     batch: tuple[Side, Side] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
@@ -194,6 +200,9 @@ class Ablation(Model):
             )
 
 
+ADDED_LATER = ("normalisation",)  # not in a key at their defaults, so that results from before keep theirs
+
+
 class Audit(Model):
     """That a study measures its pseudo-labels during training (`mlrpl.audit`).
 
@@ -242,11 +251,15 @@ class Run(Model):
             defaults: the method's option defaults, so that spelling a default out is no change.
             unused: settings that the method never reads.
         """
+        settings = self.settings.model_dump(mode="json", exclude=set(unused))
+        for name in ADDED_LATER:
+            if settings[name] == Settings.model_fields[name].default:
+                del settings[name]
         content = {
             "method": self.method,
             "labelled": self.labelled,
             "seed": self.seed,
-            "settings": self.settings.model_dump(mode="json", exclude=set(unused)),
+            "settings": settings,
             "options": {**defaults, **self.options},
             "data": fingerprint,
             "result_version": result_version,

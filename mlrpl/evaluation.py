@@ -1,9 +1,9 @@
 """From a trained method to one row a case, class, selection and output.
 
-Beside a method's own outputs there is one more for the final weights, `OWN`: decoder 1 with BatchNorm normalising each
-volume by its own statistics. In training every batch is normalised by its own, in prediction by running averages of
-them, over labelled and unlabelled volumes alike. Where the two differ much, the averages are to blame for what a
-prediction lacks, not what was learnt; the reports show both.
+Where a network has BatchNorm there is, beside a method's own outputs, one more for the final weights, `OWN`: decoder 1
+with BatchNorm normalising each volume by its own statistics. In training every batch is normalised by its own, in
+prediction by running averages of them, over labelled and unlabelled volumes alike. Where the two differ much, the
+averages are to blame for what a prediction lacks, not what was learnt; the reports show both.
 """
 
 import math
@@ -36,7 +36,7 @@ OWN = "decoder1-own"
 @contextmanager
 def own_statistics(method: Method) -> Iterator[None]:
     """Within, BatchNorm normalises by what it is given: the windows of one volume that are predicted together."""
-    norms = [module for module in method.modules() if isinstance(module, nn.BatchNorm3d)]
+    norms = _batch_norms(method)
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     for norm in norms:
         norm.running_mean = norm.running_var = None
@@ -45,6 +45,10 @@ def own_statistics(method: Method) -> Iterator[None]:
     finally:
         for norm, (mean, variance) in zip(norms, running, strict=True):
             norm.running_mean, norm.running_var = mean, variance
+
+
+def _batch_norms(method: Method) -> list[nn.BatchNorm3d]:
+    return [module for module in method.modules() if isinstance(module, nn.BatchNorm3d)]
 
 
 def predict_case(
@@ -123,7 +127,8 @@ def evaluate(
             maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
             if selection == "last":
                 label_maps[case_id] = maps["decoder1"].astype(np.uint8)
-                if math.prod(method.settings.patch) > STRIDE**3:  # else the bottleneck is one voxel: no statistics
+                # A bottleneck of one voxel has no statistics of its own.
+                if _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
                     with own_statistics(method):
                         alone = predict_case(method, case, ("decoder1",), device, precision)
                     maps[OWN] = hard_labels(alone)[0].cpu().numpy()

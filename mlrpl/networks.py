@@ -176,6 +176,18 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+def normalise_instances(module: nn.Module) -> None:
+    """Replace every BatchNorm3d within by instance normalisation, which has no running statistics.
+
+    Each volume is then normalised by its own mean and variance, in training and in prediction alike. Written as
+    GroupNorm with a channel a group: the same, but it keeps channels-last.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm3d):
+                setattr(parent, name, nn.GroupNorm(child.num_features, child.num_features, child.eps))
+
+
 @contextmanager
 def counted_volumes(module: nn.Module) -> Iterator[dict[type[nn.Module], list[int]]]:
     """Within, each pass through an encoder or a decoder of `module` adds its number of volumes to that part's list."""

@@ -131,6 +131,8 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
         if keys.get(job.run.name) != job.key:
             continue
         names = {name: getattr(job.run, name) for name in tables.RUN}
+        if job.run.fold is not None:
+            names["fold"] = job.run.fold
         committed = found.metrics[(found.metrics[list(names)] == pd.Series(names)).all(axis=1)]
         own = pd.read_csv(job.folder / "metrics.csv").assign(**names)
         compared += len(own)

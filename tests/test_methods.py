@@ -535,6 +535,20 @@ def test_prediction_runs_what_it_needs_and_is_a_distribution(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_with_instance_normalisation(name: str) -> None:
+    method = make(name, normalisation="instance")
+    assert not [module for module in method.modules() if isinstance(module, nn.BatchNorm3d)]
+    optimizer, batch = sgd(method), make_batch()
+    if not method.uses_unlabelled:
+        batch = Batch(batch.image[:2], batch.label)
+    before = method.network.encoder.stages[0][0].weight.clone()
+    for iteration in (1, 2):
+        terms = train_step(method, optimizer, batch, iteration)
+        assert all(torch.isfinite(term).all() for term in terms.values())
+    assert not torch.equal(method.network.encoder.stages[0][0].weight, before)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_network_suits_the_precision_check_and_refuses_other_patches(name: str) -> None:
     method = make(name)
     assert worst_layer(method.network, PATCH, 2, CPU, torch.float32)[0] == 0

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlrpl.networks import NearestConv3d, PointwiseConv3d, VNet, count_parameters, to_channels_last
+from mlrpl.networks import (
+    NearestConv3d,
+    PointwiseConv3d,
+    VNet,
+    count_parameters,
+    normalise_instances,
+    to_channels_last,
+)
 
 KINDS = ("deconv", "nearest", "trilinear")
 
@@ -78,9 +85,13 @@ def test_the_head_is_a_convolution_that_keeps_maps_channels_last():
     assert ours[0].is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_no_layer_leaves_the_channels_last_layout():
+@pytest.mark.parametrize("normalisation", ["batch", "instance"])
+def test_no_layer_leaves_the_channels_last_layout(normalisation):
     """Where one does, the next layer converts its maps, or their gradients, at more than a convolution's cost."""
-    network = to_channels_last(tiny(dropout=False))
+    network = tiny(dropout=False)
+    if normalisation == "instance":
+        normalise_instances(network)
+    to_channels_last(network)
     stray = []
 
     def watch(name: str, tensor: Tensor) -> None:
@@ -99,6 +110,26 @@ def test_no_layer_leaves_the_channels_last_layout():
     logits, _ = network(torch.randn(2, 1, 32, 16, 16).to(memory_format=torch.channels_last_3d))
     sum(z.square().mean() for z in logits).backward()
     assert stray == []
+
+
+def test_instances_are_normalised_each_by_itself():
+    network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.Sequential(nn.BatchNorm3d(4)), nn.BatchNorm1d(4))
+    normalise_instances(network)
+    first, nested, other = network[1], network[2][0], network[3]
+    assert isinstance(other, nn.BatchNorm1d)
+    maps = torch.randn(3, 4, 5, 6, 7)
+    for norm in (first, nested):
+        assert not list(norm.buffers())  # nothing is remembered from batch to batch
+        torch.testing.assert_close(norm(maps), nn.InstanceNorm3d(4)(maps))
+
+
+def test_with_instance_normalisation_other_volumes_and_training_make_no_difference():
+    network = tiny(dropout=False)
+    normalise_instances(network)
+    network.double()
+    images = torch.randn(2, 1, 32, 32, 32, dtype=torch.double)
+    together = network.train()(images)[0][0]
+    torch.testing.assert_close(network.eval()(images[:1])[0][0], together[:1])
 
 
 def test_one_decoder_runs_the_first_alone():

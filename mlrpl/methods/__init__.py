@@ -19,7 +19,7 @@ from mlrpl.methods.ssnet import SSNet
 from mlrpl.methods.uamt import UAMT
 from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
-from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes
+from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes, normalise_instances
 
 __all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method", "result_version", "volumes_a_step"]
 
@@ -76,9 +76,12 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
         known = ", ".join(method.options()) or "none"
         raise StudyError(f"run {run.name}: {run.method} has no option {sorted(unknown)[0]!r} (it has: {known})")
     try:
-        return method(run.settings, in_channels, num_classes, **run.options)
+        built = method(run.settings, in_channels, num_classes, **run.options)
     except (TypeError, ValueError) as error:
         raise StudyError(f"run {run.name}: {error}") from None
+    if run.settings.normalisation == "instance":
+        normalise_instances(built)
+    return built
 
 
 def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, int]:
