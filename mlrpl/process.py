@@ -1,6 +1,8 @@
-"""Settings of a process that make training fast and change no result on a CPU."""
+"""Settings of a process that make it fast and change no result on a CPU."""
 
 import ctypes
+import importlib
+import sys
 
 import torch
 
@@ -30,3 +32,19 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):  # not glibc
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def import_jsonschema() -> None:
+    """Import jsonschema, which checks notebooks, without the grammar of international web addresses.
+
+    Where that package is there, jsonschema imports it, and it compiles its grammar for seconds at every start of a
+    process; no notebook has such an address to check.
+    """
+    grammar = "rfc3987_syntax"
+    if grammar in sys.modules:
+        return
+    sys.modules[grammar] = None  # type: ignore[assignment]  # as good as not installed
+    try:
+        importlib.import_module("jsonschema")
+    finally:
+        del sys.modules[grammar]

@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mistune
-import nbformat
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
+from mlrpl.process import import_jsonschema
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -89,6 +92,10 @@ def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -
         StudyError: The notebook cannot be read.
         OSError: The page cannot be written.
     """
+    import_jsonschema()
+    import nbformat
+    from nbconvert import HTMLExporter
+
     try:
         cells = nbformat.read(notebook, as_version=4)
     except OSError as error:
@@ -202,7 +209,7 @@ def _provenance_text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
 
 
-def _for_readers(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def _for_readers(notebook: "NotebookNode") -> "NotebookNode":
     """The notebook without stderr and widgets, and without absolute paths in the parameters it was executed with.
 
     Of a line that was rewritten with carriage returns, what was last seen remains.

@@ -37,6 +37,7 @@ from mlrpl.interrupt import passed_on, stop_requests
 from mlrpl.locks import locked
 from mlrpl.memory import ADVICE, exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
+from mlrpl.process import import_jsonschema
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
 PACKAGE = Path(__file__).parent
@@ -242,6 +243,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
         StudyError: with the notebook's own message where a cell fails; the failed notebook is kept as *.failed.ipynb.
         StoppedError: where the notebook ended on request.
     """
+    import_jsonschema()
     import papermill  # here, since training alone does not need it
     from papermill.exceptions import PapermillExecutionError
 

@@ -65,3 +65,14 @@ def test_freed_memory_is_not_faulted_in_again():
     before, after = map(int, result.stdout.split())
     assert before > 100_000  # 10 times 80 MB in pages of 4 kB
     assert after < before / 10
+
+
+def test_notebooks_are_checked_without_compiling_a_grammar_at_every_start():
+    script = (
+        "import sys; from mlrpl.process import import_jsonschema; import_jsonschema(); import nbformat\n"
+        "from nbformat.v4 import new_code_cell, new_notebook\n"
+        "nbformat.validate(new_notebook(cells=[new_code_cell('1')]))\n"
+        "assert 'jsonschema' in sys.modules\n"
+        "assert 'rfc3987_syntax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
