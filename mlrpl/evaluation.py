@@ -51,14 +51,11 @@ def _batch_norms(method: Method) -> list[nn.BatchNorm3d]:
     return [module for module in method.modules() if isinstance(module, nn.BatchNorm3d)]
 
 
-def predict_case(
-    method: Method, case: Case, outputs: Sequence[str], device: torch.device, precision: Precision
-) -> Tensor:
-    """Class probabilities (outputs, C, x, y, z) of one volume, by sliding window.
-
-    The method is in evaluation mode meanwhile; all outputs come from one pass.
-    """
-    settings = method.settings
+@contextmanager
+def predicting(
+    method: Method, outputs: Sequence[str], device: torch.device, precision: Precision
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within, the method is in evaluation mode; yields windows (n, channels, *patch) -> (n, outputs × C, *patch)."""
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)
@@ -68,9 +65,18 @@ def predict_case(
     training = method.training
     method.eval()
     try:
-        stacked = sliding_window(predict, torch.from_numpy(case.image).to(device), settings.patch, settings.stride)
+        yield predict
     finally:
         method.train(training)
+
+
+def predict_case(
+    method: Method, case: Case, outputs: Sequence[str], device: torch.device, precision: Precision
+) -> Tensor:
+    """Class probabilities (outputs, C, x, y, z) of one volume, by sliding window; all outputs come from one pass."""
+    settings = method.settings
+    with predicting(method, outputs, device, precision) as predict:
+        stacked = sliding_window(predict, torch.from_numpy(case.image).to(device), settings.patch, settings.stride)
     return stacked.unflatten(0, (len(outputs), method.num_classes))
 
 

@@ -1,4 +1,4 @@
-"""V-Net with one encoder and one to n decoders (DESIGN: the paper's Fig. 2; Milletari et al., 3DV 2016).
+"""V-Net with one encoder and one to n decoders (the paper's Fig. 2; Milletari et al., 3DV 2016).
 
 All nine methods use these blocks. Every size below is in voxels; feature maps are (N, channels, x, y, z).
 """

@@ -38,6 +38,12 @@ def test_loss_windows_check_and_metrics_are_the_same_in_both_formulations():
     assert {work.tolerance for work in small if "voxels" in work.name} == {0.0}
 
 
+def test_a_librarys_sliding_window_gives_the_same():
+    pytest.importorskip("monai", reason="MONAI is not installed; the bench leaves its row out then")
+    work = works.library_window(TINY, (47, 53, 17), (9, 10, 7), CPU)
+    assert work.difference() <= work.tolerance
+
+
 @pytest.mark.parametrize(("what", "wrong"), [
     ("mutual_loss", lambda original: lambda z, f: 1.001 * original(z, f)),
     ("dice_loss", lambda original: lambda p, y: 1.001 * original(p, y)),

@@ -263,7 +263,7 @@ def test_cct_perturbs_all_maps_of_the_auxiliaries_and_none_of_the_main_decoder()
 
 
 def plain_contrast(selectors: tuple[nn.Module, nn.Module], features: Tensor, memory: Tensor) -> Tensor:
-    """METHODS' contrast of one class, every pair formed, on short lists in place of masks."""
+    """The contrast of one class, every pair formed, on short lists in place of masks."""
 
     def weights(selector: Selector, rows: Tensor) -> Tensor:
         hidden = selector.norm(selector.hidden(rows.detach()))  # the weights pass no gradient on to features

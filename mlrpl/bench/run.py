@@ -1,5 +1,6 @@
 """All measurements in order, and what is written: bench.csv, growth.csv, methods.csv, profile.csv, figure and page."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mlrpl.bench import hardware
 from mlrpl.bench.methods import PLAIN, compiled_step, costs
 from mlrpl.bench.page import write_page
 from mlrpl.bench.timing import Work, compare, verdict
-from mlrpl.bench.works import LA, Size, growth, metrics, mutual_losses, sliding_windows, training_step
+from mlrpl.bench.works import LA, Size, growth, library_window, metrics, mutual_losses, sliding_windows, training_step
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
 from mlrpl.process import tune
@@ -24,7 +25,7 @@ MEMORY_GOAL = 1 / 0.7  # peak memory of a step: 30 % below the plain formulation
 
 
 def main_works(quick: bool, device: torch.device) -> Iterator[tuple[int, Callable[[], Iterator[Work]]]]:
-    """(repeats, works): what DESIGN §7 has goals for. Made when their turn comes, so that one's memory is free then."""
+    """(repeats, works) at the size that the goals are for; made when their turn comes, so that memory is free then."""
     size, volume, stride = (QUICK, (40, 36, 17), (16, 16, 8)) if quick else (LA, (130, 120, 84), (18, 18, 4))
     mask, cases = ((40, 36, 24), 1) if quick else ((150, 140, 88), 3)
     repeats = 2 if quick or device.type == "cpu" else 10
@@ -32,6 +33,8 @@ def main_works(quick: bool, device: torch.device) -> Iterator[tuple[int, Callabl
     yield repeats, lambda: iter([training_step(size, device, step)])
     yield repeats + 1, lambda: iter([mutual_losses(size, device, loss)])
     yield repeats, lambda: sliding_windows(size, volume, stride, device, window)
+    if importlib.util.find_spec("monai"):
+        yield repeats, lambda: iter([library_window(size, volume, stride, device)])
     yield repeats + 1, lambda: metrics(mask, cases, metric)
 
 

@@ -20,7 +20,7 @@ from mlrpl.bench.timing import Work, relative
 from mlrpl.config import Run, Settings
 from mlrpl.data import Batch, Case
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import predict_case, test_dice
+from mlrpl.evaluation import predict_case, predicting, test_dice
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
@@ -290,6 +290,33 @@ def sliding_windows(
             goal if len(outputs) == 1 else None,
             needs_bf16=True,
         )
+
+
+def library_window(size: Size, volume: Sequence[int], stride: Sequence[int], device: torch.device) -> Work:
+    """The same windows of the same network, averaged by the package and by MONAI (`pip install monai`)."""
+    from monai.inferers import sliding_window_inference
+
+    pair = Pair(size, device)
+    pair.method.settings = pair.method.settings.model_copy(update={"stride": tuple(stride)})
+    case = make_case(volume)
+    image = torch.from_numpy(case.image)[None]
+    # MONAI wants the share of a window that the next one covers, and rounds what remains down.
+    overlap = [1 - (step + 0.5) / side for step, side in zip(stride, size.patch, strict=True)]
+
+    def ours(precision: Precision = pair.precision) -> Tensor:
+        return predict_case(pair.method, case, ("decoder1",), device, precision)
+
+    @torch.inference_mode()
+    def theirs(precision: Precision = pair.precision) -> Tensor:
+        with predicting(pair.method, ("decoder1",), device, precision) as predict:
+            return sliding_window_inference(image.to(device), size.patch, 4, predict, overlap)
+
+    def difference() -> float:
+        with exact(device):
+            return relative(ours(FLOAT32), theirs(FLOAT32))
+
+    setting = f"{sides(volume)}, windows of {sides(size.patch)} at {sides(stride)}"
+    return Work("sliding window beside MONAI's", setting, ours, theirs, difference, needs_bf16=True)
 
 
 def metrics(volume: Sequence[int], cases: int, goal: float | None = None) -> Iterator[Work]:
