@@ -1,7 +1,6 @@
 # `make help` says what there is. Settings are given as NAME=value behind the target: make reproduce STUDY=la DATA=/path
 PYTHON ?= python3
 STUDY ?= phantom
-JOBS ?= 2
 WORKERS ?= 2
 KILLS ?= 200
 
@@ -21,9 +20,6 @@ else
   READY := $(STAMP)
 endif
 
-# Runs at a time: on a cluster as many as it gives, unless JOBS is typed.
-LIMIT := $(if $(and $(ENGINE),$(filter file,$(origin JOBS))),,--jobs "$$JOBS")
-
 CLUSTER := $(if $(ENGINE),--engine "$$ENGINE" $${PARTITION:+--partition "$$PARTITION"} $${GPUS:+--gpus "$$GPUS"} \
 	$${TIME:+--time "$$TIME"} $${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"})
 
@@ -38,7 +34,7 @@ help:  ## this list
 	@echo "  STUDY=phantom  which study (mlrpl/studies/*.yaml)"
 	@echo "  DATA=          folder of the study's data set; phantom needs none"
 	@echo "  DATASET=       for make data: hippocampus, heart; la, pancreas, brats: where to register"
-	@echo "  JOBS=2         runs at a time (results do not depend on it)"
+	@echo "  JOBS=          runs at a time (results do not depend on it); default: one a core, at most 4, or one a GPU"
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
 	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
 	@echo "  ENGINE=slurm   queue the runs on a cluster; with PARTITION, GPUS (a run), TIME, MEMORY, ACCOUNT, QOS"
@@ -50,7 +46,7 @@ help:  ## this list
 	@echo "  ENV=active     use the active conda or virtual environment instead of .venv"
 
 reproduce: $(READY)  ## run a study and write results/STUDY/index.html
-	@$(BIN)mlrpl reproduce "$$STUDY" $(LIMIT) $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
+	@$(BIN)mlrpl reproduce "$$STUDY" $${JOBS:+--jobs "$$JOBS"} $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
 		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt) $(CLUSTER)
 
 data: $(READY)  ## download a data set into data/

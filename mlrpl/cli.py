@@ -27,7 +27,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; 
 def reproduce(
     study: Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")],
     data: Annotated[str | None, typer.Option(help="Folder of the study's data set.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: 2, on Slurm no limit.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time; default: one a core, at most 4; one a GPU; on Slurm no limit."),
+    ] = None,
     device: Device = None,
     only: Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")] = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
@@ -55,7 +58,7 @@ def reproduce(
         failures = run_study(
             study,
             data=data,
-            jobs=jobs or 2,
+            jobs=jobs,
             device=device,
             only=only,
             adopt=adopt,

@@ -36,6 +36,7 @@ from mlrpl.study import (
     pending,
     remove_temporary,
     run_all,
+    usual_jobs,
 )
 from mlrpl.training import find_device
 
@@ -95,7 +96,7 @@ def reproduce(
     study: str,
     *,
     data: str | None = None,
-    jobs: int = 2,
+    jobs: int | None = None,
     device: str | None = None,
     only: str | None = None,
     adopt: bool = False,
@@ -110,7 +111,7 @@ def reproduce(
     Args:
         study: name, or path of a .yaml file.
         data: the data set's own folder.
-        jobs: runs at a time.
+        jobs: runs at a time; None: `mlrpl.study.usual_jobs`.
         device: "cpu", "cuda", …; default a GPU where there is one.
         only: see `mlrpl.study.pending`.
         adopt: take committed rows whose key matches as finished, and do not train those runs again.
@@ -139,7 +140,7 @@ def reproduce(
 
 def _reproduce(
     place: Workplace,
-    at_once: int,
+    at_once: int | None,
     device: str | None,
     only: str | None,
     adopt: bool,
@@ -176,7 +177,11 @@ def _reproduce(
         print(f"  {submit(place, todo, slurm, device, tensorboard, adopt)}")
         print(f"  mlrpl status {place.given} shows where they stand, mlrpl cancel {place.given} takes them back")
         return {}
-    failures = _unfinished(todo) if report_only else run_all(place, _free(todo), at_once, device, tensorboard)
+    if report_only:
+        failures = _unfinished(todo)
+    else:
+        threads = max((job.run.settings.threads for job in todo), default=1)
+        failures = run_all(place, _free(todo), at_once or usual_jobs(device, threads), device, tensorboard)
     found = collect(place.jobs, committed, place.study.ablations)
     if not len(found):
         _summary(place, failures)

@@ -45,6 +45,7 @@ NOTEBOOKS = PACKAGE.parent / "notebooks"
 WORKER_LOG = "worker.log"
 EVALUATION_VERSION = 2  # raise when evaluation changes what it writes
 POLL_SECONDS = 0.5
+MOST_JOBS = 4  # at a time on a CPU, unless more are asked for
 ORPHAN_SECONDS = 30  # within it a kernel whose parent was killed has ended
 FINISHING_SECONDS = 120  # for checkpoints, after a request to stop
 
@@ -392,6 +393,20 @@ def _finish(working: list[_Worker]) -> None:
         with suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, deadline - time.monotonic()))
             print(f"  {last_line(worker.job.folder / WORKER_LOG)}", flush=True)
+
+
+def usual_jobs(device: str | None, threads: int) -> int:
+    """Runs at a time where nobody says: one a GPU, or what the cores suffice for, at most four for the memory's sake.
+
+    Args:
+        device: as typed.
+        threads: of a run.
+    """
+    named = device.split(",") if device else []
+    if find_device(named[0] if named else None).type == "cuda":
+        return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // threads, MOST_JOBS))
 
 
 def share_devices(device: str | None, at_once: int) -> list[str | None]:

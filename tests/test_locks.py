@@ -15,7 +15,7 @@ from filelock import FileLock
 from mlrpl import locks, study
 from mlrpl.errors import StudyError
 from mlrpl.locks import holder, locked
-from mlrpl.study import run_all, share_devices
+from mlrpl.study import run_all, share_devices, usual_jobs
 
 
 def hold(folder: Path, ready) -> None:
@@ -82,6 +82,17 @@ def test_locks_of_other_names_and_folders_are_free(tmp_path):
 def test_each_run_gets_a_device_of_its_own(monkeypatch, device, gpus, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert share_devices(device, 3) == expected
+
+
+@pytest.mark.parametrize(("device", "cores", "threads", "expected"), [
+    ("cpu", 1, 1, 1), ("cpu", 2, 1, 2), ("cpu", 16, 1, 4), ("cpu", 2, 2, 1), ("cpu", 2, 4, 1),
+    (None, 16, 1, 3), ("cuda", 16, 1, 3), ("cuda:1", 16, 1, 1), ("cuda:0,cuda:2", 16, 1, 2),
+])  # fmt: skip
+def test_runs_at_a_time_follow_the_machine(monkeypatch, device, cores, threads, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("mlrpl.study.find_device", lambda name: torch.device(name or "cuda"))
+    assert usual_jobs(device, threads) == expected
 
 
 def test_runs_that_go_on_at_a_time_never_share_a_device(tmp_path, monkeypatch):
