@@ -44,7 +44,8 @@ def shown(place: Workplace) -> Shown:
         found, ablations = Results.load(place.results.parent / other), load_study(other).ablations
         said = f"Precomputed: these are the committed results of the study {other}; {study.name} itself runs none."
         none = f"No ablations of the study {other} are committed yet: `make reproduce STUDY={other}` runs them."
-    finished = set(found.ablations["ablation"]) if len(found.ablations) else set()
+    variants = found.ablations.reindex(columns=["ablation", "variant"]).groupby("ablation")["variant"].nunique()
+    finished = set(variants[variants > 1].index)  # the reference alone is no ablation
     kept = tuple(ablation for ablation in ablations if ablation.name in finished)
     return Shown(kept, found, none if ablations and not kept else said)
 
