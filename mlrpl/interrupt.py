@@ -57,7 +57,9 @@ def passed_on(asked: threading.Event) -> Iterator[None]:
 def listens(pid: int) -> bool:
     """Whether a process handles SIGINT now; a notebook's kernel ignores it between cells."""
     try:
-        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        caught = re.search(
+            r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE
+        )
     except OSError:  # no /proc, as on macOS
         return True
     return bool(caught and int(caught[1], 16) >> (signal.SIGINT - 1) & 1)

@@ -56,7 +56,7 @@ class Browser:
 
     def _connect(self, port_file: Path, patience: float = 60) -> websocket.WebSocket:
         end = time.monotonic() + patience
-        while not (port_file.exists() and len(lines := port_file.read_text().split()) == 2):
+        while not (port_file.exists() and len(lines := port_file.read_text(encoding="utf-8").split()) == 2):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"Chromium does not start (exit status {self.process.poll()})")
             time.sleep(0.05)

@@ -85,9 +85,6 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
         partial.write_text(nbformat.writes(content), encoding="utf-8")
 
 
-mlrpl.study.execute = mlrpl.reproduce.execute = execute
-
-
 # Killing.
 
 
@@ -101,6 +98,7 @@ class Aim:
 
 def child(step: Callable[[], None], folder: str, aim: Aim | None, counter: Any) -> None:
     """What a forked process does: the step in the folder."""
+    mlrpl.study.execute = mlrpl.reproduce.execute = execute  # here: in pytest's own process the others need papermill
     os.chdir(folder)
     sys.stdout = sys.stderr = io.StringIO()
     here = Path.cwd()

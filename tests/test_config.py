@@ -253,9 +253,11 @@ def test_an_unknown_method_is_answered_in_one_line(name, expected):
 
 def test_a_method_of_ones_own_is_found_beside_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    Path(tmp_path / "beside_the_study.py").write_text("from mlrpl.methods.vnet import SupervisedVNet as Mine\n")
+    Path(tmp_path / "beside_the_study.py").write_text(
+        "from mlrpl.methods.vnet import SupervisedVNet as Mine\n", encoding="utf-8"
+    )
     own = {"variant": "mine", "method": "beside_the_study:Mine", "title": "Mine", "labelled": 1}
-    Path(tmp_path / "own.yaml").write_text(json.dumps({**STUDY, "runs": [own]}))
+    Path(tmp_path / "own.yaml").write_text(json.dumps({**STUDY, "runs": [own]}), encoding="utf-8")
     (run, *_) = load_study(str(tmp_path / "own.yaml")).runs()
     assert find_method(run.method) is METHODS["vnet"]
 
@@ -265,7 +267,7 @@ def test_an_edited_method_of_ones_own_has_another_version(tmp_path, monkeypatch)
     text = "from mlrpl.methods import Method\nclass Mine(Method):\n    pass\n"
     versions = []
     for name, body in {"first": text, "same": text, "edited": text + "# edited\n"}.items():
-        Path(tmp_path / f"my_{name}_method.py").write_text(body)
+        Path(tmp_path / f"my_{name}_method.py").write_text(body, encoding="utf-8")
         versions.append(result_version(find_method(f"my_{name}_method:Mine")))
     assert versions[0] == versions[1] != versions[2]
     assert {name: result_version(method) for name, method in METHODS.items()} == dict.fromkeys(METHODS, 1)
@@ -273,7 +275,7 @@ def test_an_edited_method_of_ones_own_has_another_version(tmp_path, monkeypatch)
 
 def test_a_method_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):
     Path(tmp_path / "my_own_method.py").write_text(
-        "from mlrpl.methods import Method\nclass Mine(Method):\n    result_version = 7\n"
+        "from mlrpl.methods import Method\nclass Mine(Method):\n    result_version = 7\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = find_method("my_own_method:Mine")

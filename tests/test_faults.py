@@ -380,8 +380,9 @@ class Filling(SupervisedVNet):
 
 def reproduce(study: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mlrpl", "reproduce", study, "--device", "cpu"], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(cwd), **environment}, stdin=subprocess.DEVNULL, timeout=1200,
+        [sys.executable, "-m", "mlrpl", "reproduce", study, "--device", "cpu"], cwd=cwd, capture_output=True,
+        encoding="utf-8", env={**os.environ, "PYTHONPATH": str(cwd), **environment}, stdin=subprocess.DEVNULL,
+        timeout=1200,
     )  # fmt: skip
 
 
@@ -444,8 +445,8 @@ def test_read_only_output(public_folder, locked):
             (public_folder / name).chmod(0o777)
     (public_folder / locked).chmod(0o555)
     done = subprocess.run(
-        [sys.executable, "-c", UNPRIVILEGED, "reproduce", study], cwd=public_folder, capture_output=True, text=True,
-        timeout=1200,
+        [sys.executable, "-c", UNPRIVILEGED, "reproduce", study], cwd=public_folder, capture_output=True,
+        encoding="utf-8", timeout=1200,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     place = "runs" if locked == "." else locked

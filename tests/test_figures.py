@@ -397,7 +397,7 @@ def test_saved_figures_are_the_same_bytes_again(tmp_path):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["cases.png", "cases.svg"]
     for name in ("cases.png", "cases.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert "dc:date" not in (tmp_path / "one" / "cases.svg").read_text()
+    assert "dc:date" not in (tmp_path / "one" / "cases.svg").read_text(encoding="utf-8")
 
 
 def test_notebooks_show_figures_by_themselves():

@@ -57,7 +57,7 @@ HOSTILE_NAMES = [
 def little_memory(extra: int = 2_000_000_000) -> Iterator[None]:
     """Whatever tries to take more than this on top fails, instead of filling the machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    now = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + extra, hard))
     try:
         yield
@@ -128,7 +128,7 @@ LAUGHS = "\n".join(
 ])  # fmt: skip
 def test_yaml_that_expands_nests_or_runs_is_refused(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
-    Path("bad.yaml").write_text(text)
+    Path("bad.yaml").write_text(text, encoding="utf-8")
     with little_memory():
         assert refused_in_one_line(load_study, "bad.yaml").startswith("study file bad.yaml: ")
     assert not Path("made").exists()

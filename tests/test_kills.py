@@ -76,6 +76,6 @@ def test_two_studies_that_share_their_folders_do_not_harm_each_other(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     rows = [(tmp_path / "results" / name / "metrics.csv").read_text() for name in ("first", "second")]
     assert rows[0].replace("first", "second") == rows[1]
-    overview = (tmp_path / "results/index.html").read_text()
+    overview = (tmp_path / "results/index.html").read_text(encoding="utf-8")
     assert all(f'href="{name}/index.html"' in overview for name in ("first", "second"))
     assert list(tmp_path.rglob("*.partial*")) == []

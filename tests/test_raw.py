@@ -1,5 +1,7 @@
 """The paper's data sets raw: recognised, aligned in space, prepared as published, without a patient's trace."""
 
+import contextlib
+import locale
 import re
 from types import SimpleNamespace
 
@@ -73,7 +75,16 @@ def write_series(
         writer = SimpleITK.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"slice{names[z]:03d}.dcm"))
-        writer.Execute(image)
+        with same_locale():
+            writer.Execute(image)
+
+
+@contextlib.contextmanager
+def same_locale():
+    """ITK's DICOM writer sets the whole process's locale to C, and text that later tests read is no longer UTF-8."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 def body(size=(40, 36, 30)):

@@ -28,7 +28,7 @@ STUDY = {
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Workplace:
     monkeypatch.chdir(tmp_path)
-    Path("stands.yaml").write_text(yaml.safe_dump(STUDY))
+    Path("stands.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     return Workplace("stands.yaml")
 
 

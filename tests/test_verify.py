@@ -37,7 +37,7 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("small.yaml").write_text(yaml.safe_dump(STUDY))
+        Path("small.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
         place = Workplace("small.yaml")
         for job in place.jobs:
             place.train(job.run.name, "cpu")
