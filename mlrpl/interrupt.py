@@ -38,9 +38,8 @@ def passed_on(asked: threading.Event) -> Iterator[None]:
 
     def pass_on() -> None:
         told: set[int] = set()
-        asked.wait()
         while not done.wait(LOOK_SECONDS):
-            for child in psutil.Process().children():
+            for child in psutil.Process().children() if asked.is_set() else ():
                 if child.pid not in told and listens(child.pid):
                     with suppress(psutil.NoSuchProcess):
                         child.send_signal(signal.SIGINT)
