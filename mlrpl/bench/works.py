@@ -57,19 +57,24 @@ def sides(size: Sequence[int]) -> str:
 
 
 @cache
-def yardstick() -> ModuleType:
-    """The plain formulation, `benchmarks/plain.py` of the clone.
+def benchmark(name: str) -> ModuleType:
+    """A module of the clone's `benchmarks/`.
 
     Raises:
         StudyError: where the package is installed without its clone.
     """
-    path = Path(__file__).parents[2] / "benchmarks" / "plain.py"
-    spec = importlib.util.spec_from_file_location("plain", path)
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     if not path.exists() or spec is None or spec.loader is None:
-        raise StudyError("benchmarks/plain.py is missing: run from a clone of the repository, installed with pip -e")
+        raise StudyError(f"benchmarks/{name}.py is missing: run from a clone of the repository, installed with pip -e")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def yardstick() -> ModuleType:
+    """The plain formulation."""
+    return benchmark("plain")
 
 
 def make_run(method: str, size: Size, **options: Any) -> Run:
@@ -294,22 +299,17 @@ def sliding_windows(
 
 def library_window(size: Size, volume: Sequence[int], stride: Sequence[int], device: torch.device) -> Work:
     """The same windows of the same network, averaged by the package and by MONAI (`pip install monai`)."""
-    from monai.inferers import sliding_window_inference
-
     pair = Pair(size, device)
     pair.method.settings = pair.method.settings.model_copy(update={"stride": tuple(stride)})
     case = make_case(volume)
     image = torch.from_numpy(case.image)[None]
-    # MONAI wants the share of a window that the next one covers, and rounds what remains down.
-    overlap = [1 - (step + 0.5) / side for step, side in zip(stride, size.patch, strict=True)]
 
     def ours(precision: Precision = pair.precision) -> Tensor:
         return predict_case(pair.method, case, ("decoder1",), device, precision)
 
-    @torch.inference_mode()
     def theirs(precision: Precision = pair.precision) -> Tensor:
         with predicting(pair.method, ("decoder1",), device, precision) as predict:
-            return sliding_window_inference(image.to(device), size.patch, 4, predict, overlap)
+            return benchmark("library").sliding_window(predict, image.to(device), size.patch, stride)
 
     def difference() -> float:
         with exact(device):
