@@ -171,6 +171,7 @@ settings:
   stride: {_yaml([side // 2 for side in patch])}
   augmentation: {"[]" if sided else "[mirror]"}  # {lines["mirror"]}
   filters: {8 if short else 16}
+  normalisation: instance  # batch is as published; with few labels its running averages may fit no volume
   iterations: {3000 if short else 15000}
   beta_max: {0.1 if short else 1.0}  # {lines["beta"]}
   ramp_iterations: {1200 if short else 6000}
