@@ -268,14 +268,19 @@ def explorer(study: str, runs: str, results: str, device: str | None = None) -> 
         StudyError: where no run of the study is trained here.
     """
     import ipywidgets
-    from ipyniivue import NiiVue, SliceType
+    from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
 
     places = {study: Workplace(study, runs, results)}
     for name in study_names():
         if name != places[study].study.name and any((Path(runs) / name).glob("*/last.pt")):
             places[name] = Workplace(name, runs, results)
-    viewer = NiiVue(height=560)
-    viewer.set_slice_type(SliceType.MULTIPLANAR)
+    viewer = NiiVue(
+        height=560,
+        slice_type=SliceType.MULTIPLANAR,
+        multiplanar_layout=MultiplanarType.GRID,
+        multiplanar_show_render=ShowRender.ALWAYS,
+        crosshair_width=0.3,
+    )
     wide = ipywidgets.Layout(width="16rem")
     pick = {name: ipywidgets.Dropdown(description=name, layout=wide) for name in ("Study", "Run", "Case", "Overlay")}
     opacity = ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="Opacity", layout=wide)

@@ -151,7 +151,6 @@ def lab(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the viewer comes up, but NiiVue has not been seen to get its volumes", strict=False)
 def test_the_viewer_draws_in_jupyterlab(lab, tmp_path):
     program = chromium.find()
     if program is None:
@@ -161,7 +160,8 @@ def test_the_viewer_draws_in_jupyterlab(lab, tmp_path):
         browser.visit(lab, width=1400, height=1000)
         browser.wait("window.jupyterapp && jupyterapp.commands.hasCommand('notebook:run-all-cells')")
         browser.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3")
-        browser.evaluate("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 0)")
+        browser.wait("jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+        browser.evaluate("(jupyterapp.commands.execute('notebook:run-all-cells'), 0)")  # ends when the notebook does
         browser.wait("document.querySelector('.jp-OutputArea-output canvas')")
         place = "(() => { const c = document.querySelector('.jp-OutputArea-output canvas');"
         place += " c.scrollIntoView({block: 'center'}); const b = c.getBoundingClientRect();"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlrpl.config import Run, Settings, load_study
 from mlrpl.data import Batch, Batches, Case
@@ -450,6 +451,29 @@ def test_total_is_weighted_as_stated(name: str) -> None:
     terms = method.loss(make_batch(), Step(1, 10, seed_iteration(0, 1, CPU)))
     expected = supervised * terms["supervised"] + mutual * terms["beta"] * terms["mutual"]
     torch.testing.assert_close(terms["total"], expected)
+
+
+class SoftmaxInputs(TorchDispatchMode):
+    """The types that softmax and log-softmax get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@semi_supervised
+def test_probabilities_are_float32_under_autocast(name: str) -> None:
+    """Logits may be bf16; what is rounded after the softmax, rounds every sum of the losses."""
+    patch = (48, 32, 32)
+    method = make(name, patch=patch)
+    with torch.autocast("cpu", dtype=torch.bfloat16), SoftmaxInputs() as inputs:
+        method.loss(make_batch(patch=patch), Step(1, 10, seed_iteration(0, 1, CPU)))
+    assert inputs.types == {torch.float32}
 
 
 @semi_supervised

@@ -57,7 +57,7 @@ class MLRPL(Method):
         """γ L_sup + β L_mut. The mutual loss is measured in the control too, where β is 0."""
         logits, features = self.network(batch.image)
         labelled = len(batch.label)
-        supervised = sum(dice_loss(z[:labelled].softmax(1), batch.label) for z in logits)
+        supervised = sum(dice_loss(z[:labelled].float().softmax(1), batch.label) for z in logits)
         beta = self.beta(step)
         with torch.set_grad_enabled(beta > 0):
             mutual = mutual_loss(logits, features, **self.reliability)
