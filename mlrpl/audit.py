@@ -4,7 +4,8 @@ The unlabelled cases of a benchmark do have labels. At intervals the audit cuts 
 the images, and counts how the pseudo-labels of that very batch compare:
 
 * **Which (WR).** Coverage and precision of what WR keeps and drops, beside confidence thresholds: those of the
-  paper's ablation, and one that keeps as many voxels as WR does ("matched"), so that the choice alone is compared.
+  paper's ablation, and the surest voxels of the same batch, as many as WR keeps ("matched"), so that the choice alone
+  is compared.
 * **How (HR).** Each measure's weight as a predictor of correctness: area under the ROC curve, and in ten groups of
   equal size from the lowest weights to the highest the mean weight beside the share that is right.
 

@@ -18,10 +18,11 @@ from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.errors import StudyError
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
+from mlrpl.words import counted
 
 GROUP = ["scope", "class", "distance", "score"]
 SCOPE_NAMES = {"all": "all voxels", "disagree": "decoders disagree", "kept": "kept by WR"}
-RULE_NAMES = {"wr": "WR", "matched": "threshold, as many"} | {
+RULE_NAMES = {"wr": "WR", "matched": "the surest, as many"} | {
     f"> {threshold}": f"threshold {threshold}" for threshold in THRESHOLDS
 }
 MEASURE_COLOURS = {
@@ -29,6 +30,11 @@ MEASURE_COLOURS = {
 }  # fmt: skip
 SEEDS_FROM = 1.3  # linewidth: of fainter lines only the mean is drawn
 WR_COLOUR, THRESHOLD_COLOUR = "#D55E00", "#0072B2"
+MARKERS = {
+    "wr": {"marker": "*", "markersize": 11, "color": WR_COLOUR, "markeredgecolor": "white"},
+    "matched": {"marker": "D", "markersize": 7, "color": THRESHOLD_COLOUR, "markerfacecolor": "none"},
+}
+DIAGRAM = ("mse", "prob")  # of the reliability diagram: the paper's weight beside the plain probability
 
 
 def subject(found: Results) -> Results:
@@ -48,8 +54,8 @@ def subject(found: Results) -> Results:
 
 def described(found: Results) -> str:
     """Which runs these are, in words."""
-    run, seeds = found.runs.iloc[0], len(found.runs)
-    return f"{run['title']}, {run['labelled']} labelled cases, {seeds} seed{'s' if seeds > 1 else ''}"
+    run = found.runs.iloc[0]
+    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {counted(len(found.runs), 'seed')}"
 
 
 def later_half(found: Results) -> pd.DataFrame:
@@ -122,9 +128,9 @@ def _groups(audit: pd.DataFrame) -> list[tuple[str, str, str]]:
     classes = [name for name in audit["class"].unique() if name != "all"]
     return [
         ("all", "all", "all"),
-        *((f"labelled {name}", "all", name) for name in classes),
+        *((f"pseudo-label {name}", "all", name) for name in classes),
         ("decoders disagree", "disagree", "all"),
-        *((f"disagree, labelled {name}", "disagree", name) for name in classes),
+        *((f"disagree, pseudo-label {name}", "disagree", name) for name in classes),
     ]
 
 
@@ -157,7 +163,7 @@ def predictor_table(found: Results) -> pd.DataFrame:
     classes = [name for name in audit["class"].unique() if name != "all"]
     groups = {
         "AUROC, all": ("all", "all"),
-        **{f"AUROC, {name}": ("all", name) for name in classes},
+        **{f"AUROC, pseudo-label {name}": ("all", name) for name in classes},
         "AUROC, kept by WR": ("kept", "all"),
         "AUROC, decoders disagree": ("disagree", "all"),
     }
@@ -196,20 +202,24 @@ def answers(found: Results) -> str:
     wr, matched = chosen.loc[("all", "wr")], chosen.loc[("all", "matched")]
     which = (
         f"**Which pseudo-labels are reliable?** WR keeps {wr['coverage']:.1f} % of them: {wr['kept']:.1f} % of these "
-        f"are right, and {wr['dropped']:.1f} % of those that it drops. A confidence threshold that keeps as many keeps "
-        f"{matched['kept']:.1f} % right ones."
+        f"are right, and {wr['dropped']:.1f} % of those that it drops. Of as many, the surest of each batch, "
+        f"{matched['kept']:.1f} % are right."
     )
     if ("disagree", "wr") in chosen.index:
         wr, matched = chosen.loc[("disagree", "wr")], chosen.loc[("disagree", "matched")]
+        course = choices(audit, ["iteration"])
+        course = course[(course["scope"] == "disagree") & (course["score"] == "wr")].groupby("iteration")["kept"].mean()
         which += (
             f" Where the decoders disagree, the pseudo-label that WR keeps is right in {wr['kept']:.1f} % of the "
-            f"voxels, the one that it drops in {wr['dropped']:.1f} %, and the threshold's in {matched['kept']:.1f} %."
+            f"voxels, the one that it drops in {wr['dropped']:.1f} %, and of the surest as many in "
+            f"{matched['kept']:.1f} %. In the course of that time WR's share lies between {course.min():.0f} and "
+            f"{course.max():.0f} %; it ends at {course.iloc[-1]:.0f} %."
         )
     hr = weighed.loc[("kept", "mse")]
     ranking = weighed.loc["kept"]["auroc"].sort_values(ascending=False)
     how = (
         f"**How reliable are they?** Among what WR keeps, HR's weight averages {hr['weight']:.3f} and tells right from "
-        f"wrong with an AUROC of {hr['auroc']:.3f} (0.5: not at all); the largest probability alone reaches "
+        f"wrong with an AUROC of {hr['auroc']:.3f} (0.5 is chance); the largest probability alone reaches "
         f"{weighed.loc[('kept', 'prob'), 'auroc']:.3f}, and the best measure is *{ranking.index[0]}* "
         f"with {ranking.iloc[0]:.3f}."
     )
@@ -227,7 +237,7 @@ def _panels(found: Results) -> list[tuple[str, str, str]]:
     return [
         ("All voxels", "all", "all"),
         ("Decoders disagree", "disagree", "all"),
-        *((f"Labelled {name}", "all", name) for name in foreground),
+        *((f"Pseudo-label {name}", "all", name) for name in foreground),
     ]
 
 
@@ -254,7 +264,7 @@ def _label_axes(grid: np.ndarray) -> None:
 
 @styled
 def choice_figure(found: Results) -> Figure:
-    """Share of right pseudo-labels among those that WR and an equally strict threshold keep and drop.
+    """Share of right pseudo-labels among those that WR keeps and drops, and among as many of the surest and the rest.
 
     Above over iterations, below over the distance to the reference's boundary (later half of training).
     """
@@ -266,8 +276,8 @@ def choice_figure(found: Results) -> Figure:
     styles = {
         ("wr", "kept"): {"color": WR_COLOUR, "linestyle": "-", "label": "WR keeps"},
         ("wr", "dropped"): {"color": WR_COLOUR, "linestyle": (0, (3, 1.5)), "label": "WR drops"},
-        ("matched", "kept"): {"color": THRESHOLD_COLOUR, "linestyle": "-", "label": "threshold keeps as many"},
-        ("matched", "dropped"): {"color": THRESHOLD_COLOUR, "linestyle": (0, (3, 1.5)), "label": "threshold drops"},
+        ("matched", "kept"): {"color": THRESHOLD_COLOUR, "linestyle": "-", "label": "the surest, as many"},
+        ("matched", "dropped"): {"color": THRESHOLD_COLOUR, "linestyle": (0, (3, 1.5)), "label": "the less sure"},
     }
     for axes, (title, scope, of_class) in zip(grid.T, columns, strict=True):
         for (rule, part), style in styles.items():
@@ -306,36 +316,20 @@ def coverage_figure(found: Results) -> Figure:
         curve = mine.reindex([f"> {threshold}" for threshold in THRESHOLDS]).dropna()
         ax.plot(curve["coverage"], curve["kept"], color=THRESHOLD_COLOUR, marker="o", markersize=3.5, linewidth=1.2)
         for name, point in curve.iloc[[0, -1]].iterrows():
-            ax.annotate(name.removeprefix("> "), point, (3, -9), textcoords="offset points", fontsize=6.5, color="0.35")
-        for rule, marker, colour in (("matched", "D", THRESHOLD_COLOUR), ("wr", "*", WR_COLOUR)):
+            place = {"xytext": (3, -9)} if name == curve.index[0] else {"xytext": (-5, 1), "ha": "right"}
+            text = name.removeprefix("> ")
+            ax.annotate(text, point, textcoords="offset points", fontsize=6.5, color="0.35", **place)
+        for rule in ("matched", "wr"):
             if rule in mine.index:
-                point = mine.loc[rule]
-                size = 11 if marker == "*" else 5.5
-                ax.plot(
-                    point["coverage"],
-                    point["kept"],
-                    marker,
-                    markersize=size,
-                    color=colour,
-                    markeredgecolor="white",
-                    zorder=4,
-                )
+                ax.plot(*mine.loc[rule, ["coverage", "kept"]], linestyle="", zorder=4, **MARKERS[rule])
         ax.margins(0.12)
     axes[0].set_ylabel("right of the kept (%)")
     add_legend(
         figure,
         [
-            Line2D([], [], linestyle="", marker="*", markersize=10, color=WR_COLOUR, label="WR"),
+            Line2D([], [], linestyle="", label="WR", **MARKERS["wr"]),
             Line2D([], [], color=THRESHOLD_COLOUR, marker="o", markersize=3.5, label="confidence threshold 0.5 … 0.95"),
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="D",
-                markersize=5,
-                color=THRESHOLD_COLOUR,
-                label="threshold that keeps as many as WR",
-            ),
+            Line2D([], [], linestyle="", label="the surest, as many as WR keeps", **MARKERS["matched"]),
         ],
     )
     return figure
@@ -372,10 +366,12 @@ def predictor_figure(found: Results) -> Figure:
 
 @styled
 def reliability_diagram(found: Results) -> Figure:
-    """Mean weight against the share of right pseudo-labels, in ten groups of equal size (later half of training)."""
+    """HR's mean weight, and the largest probability, against the share of right pseudo-labels: ten groups of equal size
+    each (later half of training).
+    """
     columns = [*_panels(found), ("Kept by WR", "kept", "all")]
     audit = later_half(found)
-    rows = audit[(audit["distance"] == "all") & audit["score"].isin(MEASURES) & (audit["bin"] != "all")]
+    rows = audit[(audit["distance"] == "all") & audit["score"].isin(DIAGRAM) & (audit["bin"] != "all")]
     rows = rows.assign(mass=rows["weight"] * rows["voxels"], bin=rows["bin"].astype(int))
     sums = rows.groupby([*GROUP, "bin"], observed=True)[["voxels", "correct", "mass"]].sum().reset_index()
     sums = sums.assign(x=sums["mass"] / sums["voxels"], y=100 * sums["correct"] / sums["voxels"])
@@ -383,13 +379,13 @@ def reliability_diagram(found: Results) -> Figure:
     axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     line = {"color": "0.5", "linewidth": 0.7, "linestyle": (0, (1, 1.5))}
     for ax, (title, scope, of_class) in zip(axes, columns, strict=True):
-        for measure in reversed(MEASURES):
+        for measure in reversed(DIAGRAM):
             mine = sums[(sums["scope"] == scope) & (sums["class"] == of_class) & (sums["score"] == measure)]
             ax.plot(mine["x"], mine["y"], marker="o", markersize=2.5, **_measure_style(measure))
         ax.plot([0, 1], [0, 100], **line)
         ax.set(title=title, xlabel="weight", ylim=(-3, 103))
     axes[0].set_ylabel("right pseudo-labels (%)")
-    add_legend(figure, [*_measure_handles(), Line2D([], [], label="weight = share right", **line)])
+    add_legend(figure, [*_measure_handles(DIAGRAM), Line2D([], [], label="weight = share right", **line)])
     return figure
 
 
@@ -397,6 +393,6 @@ def _measure_style(measure: str) -> dict[str, object]:
     return {"color": MEASURE_COLOURS[measure], "linewidth": 1.9 if measure == "mse" else 1.0}
 
 
-def _measure_handles() -> list[Line2D]:
+def _measure_handles(measures: Sequence[str] = MEASURES) -> list[Line2D]:
     names = {"mse": "mse (HR)"}
-    return [Line2D([], [], label=names.get(measure, measure), **_measure_style(measure)) for measure in MEASURES]
+    return [Line2D([], [], label=names.get(measure, measure), **_measure_style(measure)) for measure in measures]

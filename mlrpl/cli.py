@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from mlrpl.errors import StoppedError, StudyError
+from mlrpl.words import counted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -145,7 +146,7 @@ def studies() -> None:
 
     for name in study_names():
         study = load_study(name)
-        print(f"{name:<14} {study.title}; {len(list(study.runs()))} runs")
+        print(f"{name:<14} {study.title}; {counted(len(list(study.runs())), 'run')}")
 
 
 @app.command()

@@ -26,7 +26,7 @@ def preparation(store: Store) -> pd.DataFrame:
         rows["Voxels"] = f"resampled to {sides} mm" if sides else "as in the file"
         rows["Intensities"] = "; ".join(dict.fromkeys(map(_described, steps.channels)))
     if settings["step"] > 1:
-        rows["Sub-sampling"] = f"every {settings['step']}. voxel along each axis; label: majority of the block"
+        rows["Sub-sampling"] = f"one voxel in {settings['step']} along each axis; label: majority of the block"
     rows["Cases left out"] = str(len(store.index["rejected"]))
     rows["Fingerprint"] = store.fingerprint
     return pd.DataFrame({"Step": list(rows), "Preparation": list(rows.values())})

@@ -41,6 +41,7 @@ from mlrpl.metrics import case_metrics
 from mlrpl.precision import Precision
 from mlrpl.reliability import entropy, weigh
 from mlrpl.study import Job, Workplace
+from mlrpl.tables import case_dice
 from mlrpl.training import find_device, load, make_method
 
 DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73")  # the surer decoder: 1, 2, 3
@@ -86,9 +87,7 @@ def typical(place: Workplace) -> tuple[Job, str]:
     job = next((job for job in jobs if job.run.variant == "mlrpl"), jobs[0])
     cases = place.data_of(job.run).ids("test")
     if (job.folder / "metrics.csv").exists():
-        rows = pd.read_csv(job.folder / "metrics.csv")
-        rows = rows[(rows["selection"] == "last") & (rows["output"] == "decoder1")]
-        cases = rows.groupby("case")["dice"].mean().sort_values(kind="stable").index.tolist()
+        cases = case_dice(pd.read_csv(job.folder / "metrics.csv")).index.tolist()
     return job, cases[len(cases) // 2]
 
 

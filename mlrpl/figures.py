@@ -100,10 +100,17 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return draw_in_style
 
 
-def save(figure: Figure, folder: Path | str, name: str) -> None:
-    """Write ``<folder>/<name>.svg`` and ``.png``; the same figure gives the same bytes."""
+def save(figure: Figure | None, folder: Path | str, name: str) -> None:
+    """Write ``<folder>/<name>.svg`` and ``.png``, or remove them where there is nothing to show.
+
+    The same figure gives the same bytes.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if figure is None:
+        for kind in ("svg", "png"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        return
     with mpl.rc_context(STYLE):
         _settle(figure)
         for kind, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
@@ -213,9 +220,9 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
             if series.line != "-":
                 mark |= {"markerfacecolor": "white", "markeredgecolor": series.colour, "markeredgewidth": 0.8}
             for run, curve in seeds.items():
-                ax.plot(curve.idxmax(), curve.max(), marker="*", markersize=8, zorder=4, **mark)
+                ax.plot(curve.idxmax(), curve.max(), marker="*", markersize=8, zorder=5, **mark)
                 if run in last:
-                    ax.plot(end[run], last[run], marker="o", markersize=5, zorder=4, clip_on=False, **mark)
+                    ax.plot(end[run], last[run], marker="o", markersize=4, zorder=4, clip_on=False, **mark)
         ax.set_title(f"{labelled} labelled")
         ax.set_xlabel("iteration")
         ax.set_xlim(left=0)
@@ -223,7 +230,7 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
     axes[0].set_ylabel("Dice of test cases (%)")
     marks = [
         Line2D([], [], linestyle="", marker="*", markersize=8, color="0.3", label="best check (published)"),
-        Line2D([], [], linestyle="", marker="o", markersize=5, color="0.3", label="final weights (last)"),
+        Line2D([], [], linestyle="", marker="o", markersize=4, color="0.3", label="final weights (last)"),
     ]
     add_legend(figure, _line_handles(rows) + marks)
     return figure
@@ -265,12 +272,15 @@ def distributions(
 
 
 @styled
-def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None:
     """Dice of final weights, decoder 1, over the number of labelled cases: a line a method, its mean over cases.
 
     Bars: standard deviation over seeds, where there are several. A method alone at its number is a dashed level.
+    None where all others have the same number.
     """
     rows = panels(runs)
+    if len(rows) < 2:
+        return None
     table = comparison(metrics, runs).query("selection == 'last' and output == 'decoder1'")
     table = table.set_index(["title", "labelled"])
     levels = [labelled for labelled, _ in rows]
@@ -338,12 +348,12 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
         for ax, title in zip(axes, titles, strict=False):
             show_slice(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
             for index in range(1, len(classes)):
-                draw_outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 2 * weight, halo=True)
+                draw_outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 1.5 * weight, halo=True)
             for index in range(1, len(classes)):
                 mask = view.predictions[title][:, :, z] == index
                 draw_outline(ax, mask, view.spacing, class_colour(index), weight)
             if title in view.dice:
-                style = {"color": "white", "fontsize": 7.5 * weight, "path_effects": dark_edge(0.7)}
+                style = {"color": "white", "fontsize": 8 * weight, "path_effects": dark_edge(1.7)}
                 ax.text(0.03, 0.03, f"Dice {100 * view.dice[title]:.1f} %", transform=ax.transAxes, **style)
             if row == 0 or lines > 1:
                 write_fitted(ax.set_title, title, panel)

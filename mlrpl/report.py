@@ -164,8 +164,9 @@ def _environment() -> Environment:
 
 
 def _markdown(text: str) -> Markup:
-    """HTML of Markdown; HTML inside it is shown as text, not obeyed."""
-    return Markup(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(text))
+    """HTML of Markdown; HTML inside it is shown as text, not obeyed. No line breaks before a per cent sign."""
+    to_html = mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])
+    return Markup(to_html(text.replace(" %", "\u00a0%")))
 
 
 def _cell(value: object) -> str | Link:

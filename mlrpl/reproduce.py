@@ -39,6 +39,7 @@ from mlrpl.study import (
     usual_jobs,
 )
 from mlrpl.training import find_device
+from mlrpl.words import counted
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
 REPORT_PAGES = {
@@ -52,8 +53,8 @@ COMPARISON = """*Last*: the weights after the final iteration. *Published*: the 
 among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
 seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
 left out of the distances (the published code averages zeros there)."""
-COST = """Median over a method's runs, on the device and in the precision of the table of runs below; runs side by side
-slow one another down. Passes without gradient count as volumes too."""
+COST = """Seconds are the median, memory the largest of a method's runs, on the device and in the precision of the table
+of runs below; runs side by side slow one another down. Passes without gradient count as volumes too."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch, labelled and unlabelled
 volumes together, by its own statistics; prediction by their running averages, as published. The second column uses the
 statistics of the volume that is predicted instead. A large difference says that the averages fail, not the features."""
@@ -76,19 +77,22 @@ REPORTING = (
 )
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
-    "label-efficiency": "Final weights, decoder 1; bars are the standard deviation over seeds.",
+    "label-efficiency": "Final weights, decoder 1; a bar is the standard deviation over seeds, if there are several.",
     "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
-    "and a pseudo-labelled foreground that fall together towards zero.",
+    "and a pseudo-labelled foreground that fall together towards zero. Supervised losses are not on one "
+    "scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
     "checks": "The published protocol's checks.",
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction.",
-    "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside a confidence "
-    "threshold that keeps as many.",
-    "reliability-coverage": "Where the star lies above the line, WR chooses better than any threshold as strict.",
+    "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
+    "same batch, as many as WR keeps. The class is the pseudo-label's.",
+    "reliability-coverage": "Star and diamond keep equally many of each batch: where the star is higher, WR chooses "
+    "better than confidence does. Thresholds on the line are the same for all batches.",
     "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: not at all.",
-    "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest.",
+    "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest, for HR's weight and for "
+    "the largest probability.",
     "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
-    "method). Final weights, decoder 1.",
+    "method), on the x–y slice where the reference is largest. Final weights, decoder 1.",
 }
 
 
@@ -163,7 +167,8 @@ def _reproduce(
     adopted = committed.keys() if adopt else set()
     todo = list(pending(place, only, adopted))
     adopted_names = [job.run.name for job in place.jobs if job.key in adopted and not job.finished("evaluate")]
-    print(f"  {len(store.index['cases'])} cases; {len({job.key for job in place.jobs})} runs, {len(todo)} to do")
+    runs = counted(len({job.key for job in place.jobs}), "run")
+    print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")
     if adopted_names:
@@ -229,7 +234,7 @@ def _check_writable(place: Workplace) -> None:
 
 def _summary(place: Workplace, failures: dict[str, str]) -> None:
     if failures:
-        print(f"\n{len(failures)} runs failed; the same command tries them again:")
+        print(f"\n{counted(len(failures), 'run')} failed; the same command tries them again:")
         for name, reason in failures.items():
             print(f"  {name}: {reason}")
 
@@ -389,22 +394,22 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     everything, found = found, found.compared()
     made = comparison_tables(place, found)
     runs = len({job.key for job in place.jobs})
-    done = f"{len(everything)} of {runs} runs are finished. " if len(everything) < runs else ""
+    done = f"{len(everything)} of {counted(runs, 'run')} finished. " if len(everything) < runs else ""
     if dirty := everything.runs["commit"].astype(str).str.endswith(CHANGED).sum():
-        done += f"**{dirty} runs were made with uncommitted changes** to the code; the list of runs below marks them. "
+        done += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
     sure = statistics.summary(found.metrics, found.runs)
     sections = [
         Section(
             "Comparison",
             text=done + COMPARISON,
             table=made["comparison"],
-            figures=_pictures(folder, "distributions", *["label-efficiency"] * (found.runs["labelled"].nunique() > 1)),
+            figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
         Section(
             "How sure is that",
             f"{SURE} {statistics.limits(sure)}",
             made["statistics"],
-            figures=_pictures(folder, *["differences"] * (found.runs["title"].nunique() > 1)),
+            figures=_pictures(folder, "differences"),
         ),
         Section("What the published selection adds", OPTIMISM, made["optimism"]),
         *_normalisation_section(made["normalisation"]),
@@ -501,7 +506,7 @@ def write_overview(results: Path) -> None:
             runs = everything.compared().runs
             methods = ", ".join(dict.fromkeys(runs["title"]))
             counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-            text = f"{methods}; {counts} labelled cases; {len(everything)} runs"
+            text = f"{methods}; {counts} labelled cases; {counted(len(everything), 'run')}"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)
@@ -547,22 +552,21 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])
     shown = [job for job in local if job.run.labelled == reference.run.labelled]
     shown += [job for job in local if job.run.labelled == max(j.run.labelled for j in local) and job not in shown]
-    rows = found.metrics[(found.metrics["selection"] == "last") & (found.metrics["output"] == "decoder1")]
+    rows = found.metrics
     dice = {
-        job.run.name: rows[
-            (rows["variant"] == job.run.variant)
-            & (rows["labelled"] == job.run.labelled)
-            & (rows["seed"] == job.run.seed)
-        ]
-        .groupby("case")["dice"]
-        .mean()
+        job.run.name: tables.case_dice(
+            rows[
+                (rows["variant"] == job.run.variant)
+                & (rows["labelled"] == job.run.labelled)
+                & (rows["seed"] == job.run.seed)
+            ]
+        )
         for job in shown
     }
     maps = {job.run.name: _label_maps(place, job) for job in shown}
     at_hand = set.intersection(*(set(files) for files in maps.values()))
-    ranked = dice[reference.run.name].sort_values(ascending=False, kind="stable")
-    ranked = ranked[ranked.index.isin(at_hand)]
-    chosen = {"best": ranked.index[0], "median": ranked.index[len(ranked) // 2], "worst": ranked.index[-1]}
+    ranked = [case for case in dice[reference.run.name].index if case in at_hand]
+    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     views = []
     for rank, case_id in chosen.items():
         case = place.store.load(case_id)

@@ -16,6 +16,7 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_json, write_json
 from mlrpl.slurm_job import FINISHING_SECONDS, Command
 from mlrpl.study import WORKER_LOG, Job, Workplace, command_line, run_command, run_environment
+from mlrpl.words import counted
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 REPORT_MINUTES = 60
@@ -144,7 +145,9 @@ def submit(
         raise StudyError(f"Slurm refused: {' '.join(str(error).split())[-300:]}") from None
     write_json(place.runs / "slurm.json", {"runs": queued, "report": report.job_id})
     known = f", {len(queued) - len(new)} were queued before" if len(queued) > len(new) else ""
-    return f"{len(new)} runs queued as Slurm job {', '.join(first) or '—'}{known}; report: job {report.job_id}"
+    return (
+        f"{counted(len(new), 'run')} queued as Slurm job {', '.join(first) or '—'}{known}; report: job {report.job_id}"
+    )
 
 
 def queue() -> dict[str, tuple[str, str]]:

@@ -139,6 +139,8 @@ def probability(p: float) -> str:
 def limits(table: pd.DataFrame) -> str:
     """What cannot be concluded from a `summary`, in sentences; empty where nothing stands against it."""
     said = []
+    if table["difference"].isna().all():
+        return f"There is no other method to compare {REFERENCE} with."
     if (table["seeds"] == 1).all():
         said.append(
             "Each method was trained with one seed: another seed may change a difference's size and its sign. "
@@ -158,18 +160,16 @@ def limits(table: pd.DataFrame) -> str:
 
 
 @styled
-def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure:
-    """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction."""
+def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure | None:
+    """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
+
+    None where there is nothing to compare with it.
+    """
     rows = table[table["difference"].notna()]
     groups = list(rows.groupby("labelled"))
-    figure = NotebookFigure(
-        figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * max(len(rows), 1)), layout="constrained"
-    )
     if not groups:
-        ax = figure.subplots()
-        ax.set_axis_off()
-        ax.text(0.5, 0.5, f"nothing to compare with {reference}", ha="center", va="center")
-        return figure
+        return None
+    figure = NotebookFigure(figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * len(rows)), layout="constrained")
     colour = colours(table["title"])
     heights = [len(group) for _, group in groups]
     axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]

@@ -8,6 +8,7 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.locks import holder
 from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line
+from mlrpl.words import counted
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def described(place: Workplace) -> str:
     """The same as text: how many are in each state, then a line a run."""
     found = standings(place)
     counts = Counter(standing.state for standing in found)
-    head = f"Study {place.study.name}: {len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
+    states = ", ".join(f"{n} {state}" for state, n in counts.items())
+    head = f"Study {place.study.name}: {counted(len(found), 'run')}: {states}"
     width = max(len(standing.run) for standing in found)
     return "\n".join([head, *(f"  {s.run:<{width}}  {s.state:<8}  {s.detail}".rstrip() for s in found)])
 

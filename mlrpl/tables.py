@@ -127,6 +127,12 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     return view
 
 
+def case_dice(metrics: pd.DataFrame) -> pd.Series:
+    """Dice of each case, final weights, decoder 1, mean over classes and runs: the best case first."""
+    rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
+    return rows.groupby("case")["dice"].mean().sort_values(ascending=False, kind="stable")
+
+
 def per_case(
     metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", selection: str = "last", output: str = "decoder1"
 ) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from mlrpl.reproduce import comparison_tables
 from mlrpl.results import Results
 from mlrpl.study import Job, Workplace
 from mlrpl.training import find_device, load
+from mlrpl.words import counted
 
 ROW_TOLERANCE = 1e-5  # rows are written with six significant digits
 
@@ -109,7 +110,7 @@ def _different_cells(shown: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
 def _commits(found: Results) -> Finding:
     dirty = found.runs.loc[found.runs["commit"].astype(str).str.endswith(CHANGED), "run"]
     remark = f"made with uncommitted changes: {', '.join(dirty)}" if len(dirty) else "all of a committed working tree"
-    return Finding("commits of runs", 0, remark=f"{len(found.runs)} runs, {remark}")
+    return Finding("commits of runs", 0, remark=f"{counted(len(found.runs), 'run')}, {remark}")
 
 
 def _keys(place: Workplace, found: Results) -> Finding:

@@ -222,6 +222,13 @@ def test_label_efficiency_shows_means_over_cases_with_the_spread_over_seeds(monk
     assert_tidy(figure, monkeypatch)
 
 
+def test_without_a_second_number_of_labelled_cases_there_is_no_label_efficiency(tmp_path):
+    metrics, runs, _, _ = study({4: ALL, 40: ["V-Net"]})
+    (tmp_path / "curve.png").write_bytes(b"of an earlier report")
+    save(label_efficiency(metrics, runs), tmp_path, "curve")
+    assert list(tmp_path.iterdir()) == []
+
+
 def view(reference, predictions, **kwargs):
     image = np.arange(reference.size, dtype=float).reshape(reference.shape)
     return CaseView("median: c1", image, reference, predictions, dict.fromkeys(predictions, 0.5), **kwargs)

@@ -495,7 +495,7 @@ def test_a_sitting_that_does_some_runs_keeps_the_rows_and_pictures_of_the_others
 
 def test_a_failing_run_is_listed_and_the_others_go_on(own):
     """The other one, a method defined outside the package, is trained and reported."""
-    assert "1 runs failed" in own.said
+    assert "1 run failed" in own.said
     reason = "broken-1-s0: RuntimeError: this method is broken (see 02-train.failed.ipynb)"
     assert own.said.rstrip().splitlines()[-1].strip() == reason
     failed = run_folder(own.folder, "broken-1-s0")
@@ -505,7 +505,7 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     results = Results.load(own.folder / "results/own")
     assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0"]
     assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation"}
-    assert "2 of 3 runs are finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert "2 of 3 runs finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 

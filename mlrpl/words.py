@@ -1,0 +1,6 @@
+"""Words for messages and pages."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 run", "2 runs"."""
+    return f"{number} {noun}" + "s" * (number != 1)
