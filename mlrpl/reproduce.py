@@ -393,15 +393,11 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     study, folder = place.study, place.results
     everything, found = found, found.compared()
     made = comparison_tables(place, found)
-    runs = len({job.key for job in place.jobs})
-    done = f"{len(everything)} of {counted(runs, 'run')} finished. " if len(everything) < runs else ""
-    if dirty := everything.runs["commit"].astype(str).str.endswith(CHANGED).sum():
-        done += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
     sure = statistics.summary(found.metrics, found.runs)
     sections = [
         Section(
             "Comparison",
-            text=done + COMPARISON,
+            text=remarks(len({job.key for job in place.jobs}), everything.runs) + COMPARISON,
             table=made["comparison"],
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
@@ -436,6 +432,25 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         provenance=provenance,
         home="../index.html",
     )
+
+
+def remarks(asked: int, runs: pd.DataFrame) -> str:
+    """What a reader must know of a study's runs before comparing them, in Markdown; empty where there is nothing.
+
+    Args:
+        asked: number of runs of the study.
+        runs: a row a finished run.
+    """
+    said = ""
+    if len(runs) < asked:
+        said += f"{len(runs)} of {counted(asked, 'run')} finished. "
+    if dirty := runs["commit"].astype(str).str.endswith(CHANGED).sum():
+        said += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
+    if runs["precision"].nunique() > 1:
+        counts = runs["precision"].value_counts()
+        kinds = ", ".join(f"{number} in {name}" for name, number in counts.items())
+        said += f"**Trained in different precisions** ({kinds}), which may be part of what differs. "
+    return said
 
 
 def _normalisation_section(table: pd.DataFrame) -> list[Section]:

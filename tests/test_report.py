@@ -11,6 +11,7 @@ from nbformat import v4
 
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
+from mlrpl.reproduce import remarks
 
 ROOT = Path(__file__).parents[1]
 WIDE = pd.DataFrame([[f"{10 * row + column:.3f}" for column in range(14)] for row in range(3)])
@@ -305,3 +306,12 @@ def test_provenance_is_folded(index, browser):
     assert not browser.evaluate(shown)
     browser.click(".provenance summary")
     assert browser.evaluate(shown)
+
+
+def test_remarks_tell_what_hinders_a_comparison():
+    runs = pd.DataFrame({"commit": ["abc", "abc+changes", "abc"], "precision": ["float32", "bfloat16", "float32"]})
+    said = remarks(4, runs)
+    assert "3 of 4 runs finished" in said
+    assert "1 run made with uncommitted changes" in said
+    assert "different precisions** (2 in float32, 1 in bfloat16)" in said
+    assert remarks(2, runs.iloc[[0, 2]]) == ""
