@@ -3,4 +3,4 @@
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 run", "2 runs"."""
-    return f"{number} {noun}" + "s" * (number != 1)
+    return f"{number} {noun}" + ("" if number == 1 else "s")
