@@ -88,7 +88,7 @@ CAPTIONS = {
     "same batch, as many as WR keeps. The class is the pseudo-label's.",
     "reliability-coverage": "Star and diamond keep equally many of each batch: where the star is higher, WR chooses "
     "better than confidence does. Thresholds on the line are the same for all batches.",
-    "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: not at all.",
+    "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: chance.",
     "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest, for HR's weight and for "
     "the largest probability.",
     "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
