@@ -259,7 +259,7 @@ def _label_axes(grid: np.ndarray) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     for ax in grid[-1]:
         ax.set_xticks(range(len(DISTANCE_NAMES)), DISTANCE_NAMES)
-        ax.set_xlabel("distance to the boundary (voxels)")
+        ax.set_xlabel("distance (voxels)")
 
 
 @styled

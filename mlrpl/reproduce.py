@@ -85,7 +85,8 @@ CAPTIONS = {
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction.",
     "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
-    "same batch, as many as WR keeps. The class is the pseudo-label's.",
+    "same batch, as many as WR keeps. The class is the pseudo-label's, the distance "
+    "that to the reference's boundary.",
     "reliability-coverage": "Star and diamond keep equally many of each batch: where the star is higher, WR chooses "
     "better than confidence does. Thresholds on the line are the same for all batches.",
     "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: chance.",
