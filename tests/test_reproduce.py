@@ -565,7 +565,9 @@ def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tm
     """SIGINT for the command alone, as Ctrl-C would reach it; no checkpoint is due by the clock."""
     write(tmp_path, OWN)
     process = subprocess.Popen(
-        **command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2", EVERY="1000"), start_new_session=True
+        **command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2", EVERY="1000"),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     children, progress = [], {}
     try:
