@@ -17,7 +17,7 @@ from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.explore import explorable
 from mlrpl.figures import CaseView
-from mlrpl.files import atomic, read_json, write_json
+from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.methods import volumes_a_step
 from mlrpl.provenance import CHANGED, environment
@@ -34,7 +34,6 @@ from mlrpl.study import (
     last_line,
     notebook_parameters,
     pending,
-    remove_temporary,
     run_all,
     usual_jobs,
 )

@@ -12,12 +12,13 @@ from mlrpl import tables
 from mlrpl.config import study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
+from mlrpl.files import remove_temporary
 from mlrpl.locks import locked
 from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import write_study
 from mlrpl.reproduce import headline
 from mlrpl.results import Results, collect
-from mlrpl.study import Job, Workplace, remove_temporary
+from mlrpl.study import Job, Workplace
 from mlrpl.training import find_device, progress_bar
 
 

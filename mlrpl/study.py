@@ -32,7 +32,7 @@ from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
-from mlrpl.files import atomic, read_json, write_json
+from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.interrupt import passed_on, stop_requests
 from mlrpl.locks import locked
 from mlrpl.memory import ADVICE, exhaustion_explained
@@ -497,9 +497,3 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
 
 
 STAGES = (("train", "02-train.ipynb"), ("evaluate", "03-evaluate.ipynb"))
-
-
-def remove_temporary(folder: Path) -> None:
-    """Files that a killed process left half-written; called where nobody writes."""
-    for path in folder.glob(".*.partial*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -155,11 +155,14 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert run_python(KILLED, SMALL, folder).returncode == 9
     finished = {path.stem for path in (tmp_path / ".store.partial/records").glob("*.json")}
     assert finished
+    half_written = tmp_path / ".store.partial/.settings.json.9.partial"  # a kill amidst a write leaves such a file
+    half_written.write_text("{")
     drawn, read = [], Phantom.read
     monkeypatch.setattr(Phantom, "read", lambda self, entry: drawn.append(entry.id) or read(self, entry))
     store = prepare(dataset(), None, folder)
     assert set(drawn) == {*store.ids("train"), *store.ids("test")} - finished
     assert not (folder / "records").exists()
+    assert not (folder / half_written.name).exists()
 
 
 def test_another_preparation_takes_nothing_from_a_killed_one(tmp_path):

@@ -26,7 +26,7 @@ from mlrpl.data.source import Entry, Raw, Rejected, Source, parse_options
 from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
 from mlrpl.data.volumes import checksum, size
 from mlrpl.errors import StudyError
-from mlrpl.files import read_json, write_json
+from mlrpl.files import read_json, remove_temporary, write_json
 
 if TYPE_CHECKING:
     from mlrpl.config import Dataset
@@ -140,6 +140,7 @@ def _build(
     partial, previous = _beside(folder, ".partial"), _beside(folder, ".old")
     if read_json(partial / "settings.json") != settings:  # of another preparation that was killed
         shutil.rmtree(partial, ignore_errors=True)
+    remove_temporary(partial)
     try:
         write_json(partial / "settings.json", settings)
         cases, rejected = _write_cases(reader, root, settings["step"], partial, progress, workers)
