@@ -24,7 +24,7 @@ CLUSTER := $(if $(ENGINE),--engine "$$ENGINE" $${PARTITION:+--partition "$$PARTI
 	$${TIME:+--time "$$TIME"} $${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"})
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce data bench test test-all test-faults audit lab lint lock clean environment active-environment
+.PHONY: help reproduce cost data bench test test-all test-faults audit lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -48,6 +48,9 @@ help:  ## this list
 reproduce: $(READY)  ## run a study and write results/STUDY/index.html
 	@$(BIN)mlrpl reproduce "$$STUDY" $${JOBS:+--jobs "$$JOBS"} $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} \
 		$${ONLY:+--only "$$ONLY"} $(if $(filter-out 0,$(ADOPT)),--adopt) $(CLUSTER)
+
+cost: $(READY)  ## how long STUDY takes on this machine, from a few steps of each of its runs
+	@$(BIN)mlrpl cost "$$STUDY" $${DATA:+--data "$$DATA"} $${DEVICE:+--device "$$DEVICE"} $${ONLY:+--only "$$ONLY"}
 
 data: $(READY)  ## download a data set into data/
 	@$(BIN)mlrpl download "$${DATASET:?name one: make data DATASET=hippocampus}"

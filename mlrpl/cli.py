@@ -159,6 +159,20 @@ def status(study: str, runs: Runs = "runs") -> None:
 
 
 @app.command()
+def cost(
+    study: StudyName,
+    data: Annotated[str | None, typer.Option(help="Folder of the study's data set, where it is not prepared.")] = None,
+    only: Only = None,
+    device: Device = None,
+    runs: Runs = "runs",
+) -> None:
+    """How long a study takes on this machine, from a few steps and windows of each run."""
+    from mlrpl.steps import cost_study
+
+    cost_study(study, data, only, device, runs)
+
+
+@app.command()
 def verify(
     study: str,
     retrain: Annotated[

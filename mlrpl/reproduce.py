@@ -38,7 +38,7 @@ from mlrpl.study import (
     usual_jobs,
 )
 from mlrpl.training import find_device
-from mlrpl.words import counted
+from mlrpl.words import counted, duration
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
 REPORT_PAGES = {
@@ -201,7 +201,7 @@ def _reproduce(
         _compare_with_committed(found, committed)
     print()
     print(tables.to_markdown(headline(found, place)))
-    print(f"\nReport: {index}  ({(time.monotonic() - started) / 60:.1f} min)")
+    print(f"\nReport: {index}  ({duration(time.monotonic() - started)})")
     _summary(place, failures)
     return failures
 

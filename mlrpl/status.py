@@ -8,7 +8,7 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.locks import holder
 from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line
-from mlrpl.words import counted
+from mlrpl.words import counted, duration
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
     if (owner := holder(folder)) is not None:
         return Standing(name, "running", f"{_progress(job)}; process {owner.pid} on {owner.host}")
     if all(job.finished(stage) and (folder / notebook).exists() for stage, notebook in STAGES):
-        minutes = job.provenance["train"].get("seconds", 0) / 60
-        return Standing(name, "finished", f"in {minutes:.1f} min of training")
+        seconds = job.provenance["train"].get("seconds", 0)
+        return Standing(name, "finished", f"in {duration(seconds)} of training")
     if slurm_job:
         state, reason = slurm_job
         running = state in ("RUNNING", "COMPLETING")
@@ -69,4 +69,4 @@ def _progress(job: Job) -> str:
     done, of = progress.get("iteration", 0), job.run.settings.iterations
     if done >= of:
         return "evaluating"
-    return f"iteration {done} of {of}, {progress.get('seconds_left', 0) / 60:.0f} min left" if done else "starting"
+    return f"iteration {done} of {of}, {duration(progress.get('seconds_left', 0))} left" if done else "starting"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from mlrpl import tables
+from mlrpl import cost, tables
 from mlrpl.config import study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
@@ -18,7 +18,7 @@ from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import write_study
 from mlrpl.reproduce import headline
 from mlrpl.results import Results, collect
-from mlrpl.study import Job, Workplace
+from mlrpl.study import Job, Workplace, chosen
 from mlrpl.training import find_device, progress_bar
 
 
@@ -36,8 +36,7 @@ def prepare_study(name: str, source: str | None, runs: str) -> Store:
             path = write_study(name, Path(source), find_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
-    with _bar("preparing", "case") as show:
-        store = place.prepare(show)
+    store = _prepared(place)
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
@@ -46,10 +45,31 @@ def prepare_study(name: str, source: str | None, runs: str) -> Store:
     return store
 
 
+def _prepared(place: Workplace) -> Store:
+    with _bar("preparing", "case") as show:
+        place.store = place.prepare(show)
+    return place.store
+
+
+def cost_study(name: str, data: str | None, only: str | None, device: str | None, runs: str) -> list[cost.Cost]:
+    """Measure what each run of a study takes here, and print it line by line as it is known."""
+    place = Workplace(name, runs, data=data)
+    _prepared(place)
+    print(cost.HEAD)
+    found = []
+    for each in cost.costs(place, only, device):
+        print(cost.line(each), flush=True)
+        found.append(each)
+    if not found:
+        raise StudyError(f"study {place.study.name}: no run has {only!r} in its name")
+    print(f"\n{cost.total(found, find_device(device))}")
+    return found
+
+
 def train_study(name: str, only: str | None, device: str | None, runs: str) -> None:
     """Train a study's runs one after the other, each from its checkpoint; finished ones are skipped."""
     place = Workplace(name, runs)
-    for job in _chosen(place, only):
+    for job in chosen(place, only):
         if job.finished("train"):
             print(f"{job.run.name}: trained already")
             continue
@@ -60,7 +80,7 @@ def train_study(name: str, only: str | None, device: str | None, runs: str) -> N
 def evaluate_study(name: str, only: str | None, device: str | None, runs: str, results: str) -> Results:
     """Measure the trained runs on their test cases, print the means and write the rows into <results>/<study>."""
     place = Workplace(name, runs, results)
-    jobs = [job for job in _chosen(place, only) if job.finished("train")]
+    jobs = [job for job in chosen(place, only) if job.finished("train")]
     if not jobs:
         raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
     for job in jobs:
@@ -110,11 +130,6 @@ def predict_images(
         print(f"{name}: {problem}", file=sys.stderr)
     print(f"{len(bars) - len(problems)} of {len(bars)} images predicted, in {output}. {NOTICE}")
     return problems
-
-
-def _chosen(place: Workplace, only: str | None) -> Iterator[Job]:
-    texts = only.split(",") if only else [""]
-    return (job for job in place.jobs if any(text in job.run.name for text in texts))
 
 
 @contextmanager

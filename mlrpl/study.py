@@ -39,6 +39,7 @@ from mlrpl.memory import ADVICE, exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
 from mlrpl.process import import_jsonschema
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
+from mlrpl.words import duration
 
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
@@ -365,9 +366,9 @@ def run_all(
                 working.remove(worker)
                 slots.append(worker.slot)
                 worker.bar.close()
-                minutes = (time.monotonic() - worker.started) / 60
+                took = duration(time.monotonic() - worker.started)
                 if worker.process.returncode == 0:
-                    tqdm.write(f"  {worker.job.run.name}: finished in {minutes:.1f} min")
+                    tqdm.write(f"  {worker.job.run.name}: finished in {took}")
                 else:
                     failures[worker.job.run.name] = last_line(worker.job.folder / WORKER_LOG)
                     tqdm.write(f"  {worker.job.run.name}: FAILED: {failures[worker.job.run.name]}")
@@ -477,18 +478,22 @@ def last_line(log: Path) -> str:
     return lines[-1].removeprefix("mlrpl: ") if lines else "it ended without a word"
 
 
+def chosen(place: Workplace, only: str | None) -> Iterator[Job]:
+    """Jobs whose run's name holds one of the texts, which commas separate; all without any."""
+    texts = only.split(",") if only else [""]
+    return (job for job in place.jobs if any(text in job.run.name for text in texts))
+
+
 def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[Job]:
     """Jobs that are asked for and not finished; runs that coincide are one job.
 
     Args:
         place: the study.
-        only: texts separated by commas, one of which the run's name must hold.
+        only: see `chosen`.
         adopted: keys of committed results that count as finished.
     """
     seen = set(adopted)
-    for job in place.jobs:
-        if only and not any(text in job.run.name for text in only.split(",")):
-            continue
+    for job in chosen(place, only):
         if job.key in seen:
             continue
         seen.add(job.key)

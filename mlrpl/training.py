@@ -356,7 +356,8 @@ class Trainer:
         if self.best_at == self.iteration > 0:  # the kill may have come before published.pt was written
             save(self.folder / "published.pt", self._weights())
 
-    def _step(self, iteration: int) -> dict[str, Any]:
+    def step(self, iteration: int) -> dict[str, Any]:
+        """One step of training, that of the iteration given (from 1); returns its terms, still on the device."""
         settings = self.run.settings
         generator = seed_iteration(self.run.seed, iteration, self.device)
         batch = to_device(self.staged(iteration), self.device)
@@ -438,7 +439,7 @@ class Trainer:
         saved = watched = started
         first = self.iteration
         while self.iteration < iterations:
-            terms = self._step(self.iteration + 1)
+            terms = self.step(self.iteration + 1)
             self.iteration += 1
             now = time.monotonic()
             self.seconds = offset + now - started

@@ -294,7 +294,7 @@ def test_resuming_does_not_ask_the_hardware_again(store, tmp_path, monkeypatch, 
     chosen = training.Precision("float32", "a reason")
     monkeypatch.setattr(training, "choose_precision", lambda *_: chosen)
     trainer = Trainer(example(precision="auto"), store, tmp_path, KEY, CPU)
-    trainer._step(1)
+    trainer.step(1)
     trainer.iteration = 1
     trainer._checkpoint()
     monkeypatch.setattr(training, "choose_precision", lambda *_: pytest.fail("asked again"))

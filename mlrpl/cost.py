@@ -1,0 +1,146 @@
+"""`mlrpl cost`: what a study takes on this machine, told beforehand from steps and windows that are really run.
+
+Runs that differ only in seed, labelled cases or fold take the same time, so one of them is measured for all. Left out
+is what is small beside the rest: distances of the test cases, notebooks and the report.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from mlrpl.bench.timing import seconds, synchronise
+from mlrpl.data import Case, Store
+from mlrpl.evaluation import SELECTIONS, predict_case
+from mlrpl.inference import window_starts
+from mlrpl.methods import Method
+from mlrpl.precision import Precision
+from mlrpl.provenance import device_name
+from mlrpl.study import Job, Workplace, chosen, pending
+from mlrpl.training import Trainer, check_cases, find_device
+from mlrpl.words import counted, duration
+
+STEPS, SECONDS = 3, 5.0  # at least so many steps, for at least so long
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of runs that take the same time, one of which was measured.
+
+    Attributes:
+        title: as tables print it.
+        runs: how many there are.
+        left: how many of them are not finished.
+        step_s: seconds of a training step.
+        train_s: of all steps of a run.
+        check_s: of a run's checks, the published protocol's.
+        test_s: of predicting the test cases with both selections' weights.
+        precision: that they train in.
+    """
+
+    title: str
+    runs: int
+    left: int
+    step_s: float
+    train_s: float
+    check_s: float
+    test_s: float
+    precision: str
+
+    @property
+    def run_s(self) -> float:
+        """Seconds of a whole run."""
+        return self.train_s + self.check_s + self.test_s
+
+
+def costs(place: Workplace, only: str | None = None, device: str | None = None) -> Iterator[Cost]:
+    """Measure each kind of run of a study, in the study's order.
+
+    Args:
+        place: the study; its data are prepared.
+        only: as `mlrpl reproduce` takes it.
+        device: where; by default a GPU where there is one.
+
+    Raises:
+        StudyError: for a device that is not there, or where memory does not suffice.
+    """
+    target = find_device(device)
+    left = {job.key for job in pending(place, only, set())}
+    kinds: dict[str, dict[str, Job]] = {}  # runs that coincide are one
+    for job in chosen(place, only):
+        run = job.run
+        kinds.setdefault(repr((run.method, run.options, run.settings)), {})[job.key] = job
+    for jobs in kinds.values():
+        first, *_ = jobs.values()
+        yield _measured(place.data_of(first.run), first, len(jobs), len(left & jobs.keys()), target)
+
+
+def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device) -> Cost:
+    run = job.run
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(run, store, Path(folder), job.key, device)
+        first = run.settings.ramp_iterations  # when every term is at work
+        trainer.step(first)
+        step_s = _step_seconds(lambda done: trainer.step(first + 1 + done), device)
+    settings, method = run.settings, trainer.method
+    test, checked = _windows(store, store.ids("test"), method), _windows(store, check_cases(store), method)
+    case = store.load(store.ids("test")[0])
+    one = _window_seconds(method, case, ("decoder1",), device, trainer.precision)
+    every = _window_seconds(method, case, method.outputs, device, trainer.precision)
+    checks = sum(map(settings.is_check, range(1, settings.iterations + 1))) or 1
+    return Cost(
+        title=run.title,
+        runs=runs,
+        left=left,
+        step_s=step_s,
+        train_s=step_s * settings.iterations,
+        check_s=one * checked * checks,
+        test_s=test * (one + len(SELECTIONS) * every),  # once more with each volume's own statistics
+        precision=trainer.precision.name,
+    )
+
+
+def _step_seconds(step: Callable[[int], object], device: torch.device) -> float:
+    synchronise(device)
+    started, done = time.perf_counter(), 0
+    while done < STEPS or time.perf_counter() - started < SECONDS:
+        step(done)
+        done += 1
+    synchronise(device)
+    return (time.perf_counter() - started) / done
+
+
+def _windows(store: Store, cases: list[str], method: Method) -> int:
+    settings = method.settings
+    shapes = {case["id"]: case["shape"] for case in store.index["cases"]}
+    return sum(math.prod(map(len, window_starts(shapes[case], settings.patch, settings.stride))) for case in cases)
+
+
+def _window_seconds(
+    method: Method, case: Case, outputs: tuple[str, ...], device: torch.device, precision: Precision
+) -> float:
+    settings = method.settings
+    windows = math.prod(map(len, window_starts(case.image.shape[1:], settings.patch, settings.stride)))
+    return seconds(lambda: predict_case(method, case, outputs, device, precision), device) / windows
+
+
+HEAD = "| runs | number | a step | training | checks | test | one run |\n|---|---:|---:|---:|---:|---:|---:|"
+
+
+def line(cost: Cost) -> str:
+    """A row below `HEAD`."""
+    times = map(duration, (cost.train_s, cost.check_s, cost.test_s, cost.run_s))
+    return f"| {cost.title} | {cost.runs} | {cost.step_s:.3f} s | {' | '.join(times)} |"
+
+
+def total(found: list[Cost], device: torch.device) -> str:
+    """The sum, and what of it is not done yet."""
+    runs, left = sum(cost.runs for cost in found), sum(cost.left for cost in found)
+    whole, rest = (duration(sum(getattr(cost, name) * cost.run_s for cost in found)) for name in ("runs", "left"))
+    precisions = " and ".join(sorted({cost.precision for cost in found}))
+    where = f"{device_name(device)}, {precisions}"
+    return f"{counted(runs, 'run')}, one at a time ({where}): {whole}; {left} to do: {rest}"
