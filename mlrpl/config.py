@@ -56,6 +56,7 @@ class Settings(Model):
     """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA.
 
     Attributes:
+        batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
         normalisation: "batch", as published, predicts with running averages over labelled and unlabelled volumes. With
             very few labelled volumes these averages can fit neither; "instance" needs none.
     """
@@ -66,7 +67,7 @@ class Settings(Model):
     filters: Annotated[int, Field(gt=0, le=512)] = 16
     normalisation: Literal["batch", "instance"] = "batch"
     iterations: Annotated[int, Field(gt=0)] = 15_000
-    batch: tuple[Side, Side] = (2, 2)
+    batch: tuple[Side, Annotated[int, Field(ge=0, le=4096)]] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     lr_schedule: Literal["constant", "poly", "step"] = "constant"
     momentum: float = 0.9

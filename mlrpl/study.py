@@ -153,16 +153,17 @@ class Workplace:
         folders: dict[str, Path] = {folder.name[-8:]: folder for folder in self.runs.glob("*-????????")}
         for run in self.study.runs():
             method = find_method(run.method)
-            audited = bool(run.audit_every)
+            audited, (_, unlabelled) = bool(run.audit_every), method.batch_sizes(run.settings)
             if (network := repr((run.method, run.options, run.settings, audited))) not in built:
                 decoders = build(run, self.store.channels, len(self.store.classes)).network.decoders
-                if audited and len(decoders) < 2:
+                if audited and (len(decoders) < 2 or not unlabelled):
+                    lacking = "no unlabelled volumes" if len(decoders) > 1 else "one decoder"
                     raise StudyError(
-                        f"study {self.study.name}: {run.variant} has one decoder, so there is nothing to audit"
+                        f"study {self.study.name}: {run.variant} has {lacking}, so there is nothing to audit"
                     )
                 built.add(network)
             data = self.data_of(run)
-            split_training(run, data, method.uses_unlabelled)
+            split_training(run, data, unlabelled > 0)
             key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")

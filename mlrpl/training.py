@@ -209,14 +209,13 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
 
 def make_batches(run: Run, store: Store, method: Method) -> Batches:
     """The run's batches, its cases read into memory; hidden labels stay out, so that no loss can ever see one."""
-    cases, settings = [case for ids in split_training(run, store, method.uses_unlabelled) for case in ids], run.settings
+    settings, sizes = run.settings, method.batch_sizes(run.settings)
+    split = split_training(run, store, sizes[1] > 0)
+    cases = [case for ids in split for case in ids]
     advice = "lower the study's batch or patch, or use fewer cases"
     require(store.size(cases) + 8 * sum(settings.batch) * math.prod(settings.patch), f"run {run.name}", advice)
-    labelled, unlabelled = (
-        [store.load(case) for case in ids] for ids in split_training(run, store, method.uses_unlabelled)
-    )
+    labelled, unlabelled = ([store.load(case) for case in ids] for ids in split)
     unlabelled = [replace(case, label=None) for case in unlabelled]
-    sizes = settings.batch if method.uses_unlabelled else (sum(settings.batch), 0)
     return Batches(labelled, unlabelled, settings.patch, settings.augmentation, run.seed, sizes)
 
 

@@ -232,7 +232,7 @@ def test_what_is_trained_on_has_no_hidden_label(store):
 
 
 def test_killed_and_resumed_the_audit_has_each_row_once(store, audited, tmp_path, monkeypatch):
-    step = Trainer._step
+    step = Trainer.step
 
     def stepped(self, iteration):
         monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1 if iteration == 3 else float("inf"))
@@ -240,7 +240,7 @@ def test_killed_and_resumed_the_audit_has_each_row_once(store, audited, tmp_path
             raise KeyboardInterrupt
         return step(self, iteration)
 
-    monkeypatch.setattr(Trainer, "_step", stepped)
+    monkeypatch.setattr(Trainer, "step", stepped)
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(example(), store, folder)
@@ -248,7 +248,7 @@ def test_killed_and_resumed_the_audit_has_each_row_once(store, audited, tmp_path
     assert found["iteration"].unique().tolist() == [2]
     with (folder / "audit.csv").open("a") as file:
         file.write("4,all,all,all,wr,kept,1,1,,\n6,all,al")  # after the checkpoint: to be cut
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     train(example(), store, folder)
     assert (folder / "audit.csv").read_bytes() == (audited / "audit.csv").read_bytes()
 

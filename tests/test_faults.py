@@ -340,7 +340,7 @@ def test_disk_full_at_a_checkpoint_keeps_the_last_one(tmp_path, monkeypatch, sma
     disk = small_disk("8m")
     monkeypatch.chdir(disk)
     place = Workplace(write(disk))
-    job, step = place.job("vnet-1-s0"), Trainer._step
+    job, step = place.job("vnet-1-s0"), Trainer.step
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
 
     def stepped(self, iteration):
@@ -349,13 +349,13 @@ def test_disk_full_at_a_checkpoint_keeps_the_last_one(tmp_path, monkeypatch, sma
             os.truncate(disk / "other.bin", (disk / "other.bin").stat().st_size - 100_000)
         return step(self, iteration)
 
-    monkeypatch.setattr(Trainer, "_step", stepped)
+    monkeypatch.setattr(Trainer, "step", stepped)
     with pytest.raises(OSError, match="No space left on device"):
         place.train("vnet-1-s0", "cpu")
     assert training.load(job.folder / "checkpoint.pt", torch.device("cpu"))["iteration"] == 2
     assert not (job.folder / "last.pt").exists()
     assert [path.name for path in disk.rglob("*.partial*")] == []
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     (disk / "other.bin").unlink()
     place.train("vnet-1-s0", "cpu")
     assert len(pd.read_csv(job.folder / "log.csv")) == 4

@@ -28,7 +28,7 @@ def test_memory_and_speed_stay_flat_over_3000_iterations(tmp_path, monkeypatch):
             "check_every": 500, "precision": "float32",
         },
     })  # fmt: skip
-    process, step = psutil.Process(), Trainer._step
+    process, step = psutil.Process(), Trainer.step
     memory, seconds, spent = [], [], 0.0
 
     def measured(self, iteration):
@@ -43,7 +43,7 @@ def test_memory_and_speed_stay_flat_over_3000_iterations(tmp_path, monkeypatch):
             spent = 0.0
         return terms
 
-    monkeypatch.setattr(Trainer, "_step", measured)
+    monkeypatch.setattr(Trainer, "step", measured)
     (tmp_path / "run").mkdir()
     Trainer(run, store, tmp_path / "run", "0" * 16, torch.device("cpu")).train()
     print(f"MB: {np.round(memory).tolist()}; ms an iteration: {np.round(np.multiply(seconds, 1e3), 1).tolist()}")

@@ -71,13 +71,13 @@ def checkpoints_every(monkeypatch):
     """Let checkpoints depend on the iteration instead of the clock."""
 
     def every(iterations: int) -> None:
-        step = Trainer._step
+        step = Trainer.step
 
         def stepped(self, iteration):
             monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1 if iteration % iterations == 0 else math.inf)
             return step(self, iteration)
 
-        monkeypatch.setattr(Trainer, "_step", stepped)
+        monkeypatch.setattr(Trainer, "step", stepped)
 
     return every
 
@@ -120,7 +120,7 @@ from mlrpl.data import open_store
 
 run, store, folder, key, moment, at, every, pause = sys.argv[1:]
 at, every, pause = int(at), int(every), float(pause)
-step, flush, save, write, now = training.Trainer._step, training.Log.flush, training.save, Path.write_bytes, 0
+step, flush, save, write, now = training.Trainer.step, training.Log.flush, training.save, Path.write_bytes, 0
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -151,7 +151,7 @@ def saved(path, content):
     if moment == "save" and now == at:
         die()
 
-training.Trainer._step, training.Log.flush, training.save, Path.write_bytes = stepped, flushed, saved, written
+training.Trainer.step, training.Log.flush, training.save, Path.write_bytes = stepped, flushed, saved, written
 run = Run.model_validate_json(run)
 training.Trainer(run, open_store(store), Path(folder), key, torch.device("cpu")).train()
 """
@@ -220,7 +220,7 @@ def test_published_weights_are_right_where_iterations_done_again_would_differ(st
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.fault("Ctrl-C or SIGTERM")
 def test_asked_to_end_it_finishes_the_checkpoint_and_says_how_to_go_on(store, tmp_path, monkeypatch, number):
-    run, folder, step = example(), tmp_path / "run", Trainer._step
+    run, folder, step = example(), tmp_path / "run", Trainer.step
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def stepped(self, iteration):
@@ -228,22 +228,22 @@ def test_asked_to_end_it_finishes_the_checkpoint_and_says_how_to_go_on(store, tm
             os.kill(os.getpid(), number)
         return step(self, iteration)
 
-    monkeypatch.setattr(Trainer, "_step", stepped)
+    monkeypatch.setattr(Trainer, "step", stepped)
     with pytest.raises(StoppedError, match="its checkpoint is at iteration 7 of 12; the same command goes on"):
         train(run, store, folder)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert load(folder / "checkpoint.pt", CPU)["iteration"] == 7
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert_undisturbed(train(run, store, folder), train(run, store, tmp_path / "reference"))
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(store, tmp_path, monkeypatch, checkpoints_every):
     checkpoints_every(5)
-    step = Trainer._step
-    monkeypatch.setattr(Trainer, "_step", lambda self, k: step(self, k) if k < 7 else 1 / 0)
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, k: step(self, k) if k < 7 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(example(), store, tmp_path)
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(training, "environment", lambda: {"commit": "another", "python": "3.99"})
     facts = Trainer(example(), store, tmp_path, KEY, CPU).train()
     assert facts["commit"] != "another"
@@ -303,7 +303,7 @@ def test_resuming_does_not_ask_the_hardware_again(store, tmp_path, monkeypatch, 
 
 def test_a_finished_run_is_not_stepped_again(store, undisturbed, tmp_path, monkeypatch):
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
     train(example(iterations=20), store, folder)
     assert_undisturbed(folder, undisturbed)
 
@@ -358,6 +358,26 @@ def test_labels_of_unlabelled_cases_are_never_learnt_from(store, tmp_path, metho
     assert_undisturbed(same, clean)
     other = train(run, poisoned(store, tmp_path / "strong-poison", labelled), tmp_path / "other")
     assert not equal(weights(other / "last.pt"), weights(clean / "last.pt"))
+
+
+def test_a_batch_without_unlabelled_volumes_learns_from_the_labelled_alone(store, tmp_path, monkeypatch):
+    loaded = []
+    load = Store.load
+    monkeypatch.setattr(Store, "load", lambda self, case: loaded.append(case) or load(self, case))
+    run = example(batch=(2, 0), beta_max=0, iterations=4)
+    method = make_method(run, store, CPU)
+    batch = make_batches(run, store, method)(1)
+    assert loaded == store.ids("train")[:2]
+    assert batch.image.shape[0] == batch.label.shape[0] == 2
+    rows = read_log(train(run, store, tmp_path / "run") / "log.csv")
+    assert all(math.isfinite(float(row["total"])) for row in rows)
+    assert first_loss(run, store)["supervised"] != first_loss(example(), store)["supervised"]  # other statistics
+
+
+def test_methods_that_need_unlabelled_volumes_say_so(store):
+    with pytest.raises(StudyError, match="uamt learns from unlabelled volumes, and batch has none"):
+        make_method(example("uamt", batch=(2, 0)), store, CPU)
+    assert make_method(example("vnet", batch=(2, 0)), store, CPU)
 
 
 def first_loss(run: Run, store: Store) -> dict[str, torch.Tensor]:
@@ -443,12 +463,12 @@ def test_the_best_check_is_remembered_over_a_kill(store, tmp_path, monkeypatch, 
     scores = {4: 0.2, 8: 0.5, 12: 0.4, 16: 0.1}
     trainer = None
     monkeypatch.setattr(training, "test_dice", lambda *_: scores[trainer.iteration])
-    step = Trainer._step
-    monkeypatch.setattr(Trainer, "_step", lambda self, k: step(self, k) if k < 12 else 1 / 0)
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, k: step(self, k) if k < 12 else 1 / 0)
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     assert (trainer.iteration, trainer.best) == (10, 0.5)
     trainer.train()
@@ -625,8 +645,8 @@ def test_tensorboard_holds_each_iteration_once_and_only_on_request(store, undist
     assert not (undisturbed / "tensorboard").exists()
     checkpoints_every(2)
     first = Trainer(example(iterations=6), store, tmp_path, KEY, CPU, tensorboard=True)
-    step = first._step
-    first._step = lambda k: step(k) if k < 4 else 1 / 0
+    step = first.step
+    first.step = lambda k: step(k) if k < 4 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         first.train()
     Trainer(example(iterations=6), store, tmp_path, KEY, CPU, tensorboard=True).train()

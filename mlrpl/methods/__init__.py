@@ -75,6 +75,8 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
     if unknown := set(run.options) - set(method.options()):
         known = ", ".join(method.options()) or "none"
         raise StudyError(f"run {run.name}: {run.method} has no option {sorted(unknown)[0]!r} (it has: {known})")
+    if method.needs_unlabelled and not run.settings.batch[1]:
+        raise StudyError(f"run {run.name}: {run.method} learns from unlabelled volumes, and batch has none")
     try:
         built = method(run.settings, in_channels, num_classes, **run.options)
     except (TypeError, ValueError) as error:
@@ -93,7 +95,7 @@ def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         method = build(run.model_copy(update={"settings": settings}), in_channels, num_classes).train()
-        labelled = settings.batch[0] if method.uses_unlabelled else sum(settings.batch)
+        labelled, _ = method.batch_sizes(settings)
         image = torch.randn(sum(settings.batch), in_channels, *settings.patch)
         batch = Batch(image, torch.randint(num_classes, (labelled, *settings.patch)))
         with counted_volumes(method) as passes:

@@ -31,6 +31,7 @@ class Method(nn.Module):
     Class attributes:
         result_version: raise it when a change of code changes results, and old runs are no longer taken as finished.
         uses_unlabelled: False for a method whose batches are all labelled.
+        needs_unlabelled: False for a method that also trains on a `batch` without unlabelled volumes.
         outputs: what `predict` offers, of `OUTPUTS`.
         unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
 
@@ -42,6 +43,7 @@ class Method(nn.Module):
 
     result_version: ClassVar[int] = 1
     uses_unlabelled: ClassVar[bool] = True
+    needs_unlabelled: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = OUTPUTS
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     network: VNet
@@ -57,6 +59,11 @@ class Method(nn.Module):
         """The method's own options and their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+    @classmethod
+    def batch_sizes(cls, settings: Settings) -> tuple[int, int]:
+        """Labelled and unlabelled volumes of its batches."""
+        return settings.batch if cls.uses_unlabelled else (sum(settings.batch), 0)
 
     def make_network(self, upsamplings: tuple[str, ...]) -> VNet:
         """A V-Net of the study's width with one decoder for each up-sampling."""

@@ -8,6 +8,8 @@ One encoder, two decoders that differ in how they up-sample. Total loss (paper, 
 L_sup: Dice loss of each decoder on the labelled half, summed. L_mut: `mlrpl.reliability.mutual_loss` on all volumes.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ class MLRPL(Method):
     """Mutual learning with reliable pseudo labels.
 
     With the study setting `beta_max: 0` it is the control: the same network, batches and supervised loss without the
-    mutual loss. With `selection: all, weighting: none` it is cross pseudo supervision (Chen et al., CVPR 2021).
+    mutual loss; with `batch: [2, 0]` besides, the control that sees no unlabelled volume, not even in BatchNorm's
+    statistics. With `selection: all, weighting: none` it is cross pseudo supervision (Chen et al., CVPR 2021).
 
     Args:
         settings: what the study sets.
@@ -34,6 +37,8 @@ class MLRPL(Method):
         threshold: τ where selection is "threshold".
         upsamplings: one decoder each.
     """
+
+    needs_unlabelled: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class SupervisedVNet(Method):
     """One deconv decoder on batches that are labelled throughout."""
 
     uses_unlabelled: ClassVar[bool] = False
+    needs_unlabelled: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
     unused_settings: ClassVar[frozenset[str]] = frozenset({"beta_max", "ramp_iterations"})
 
