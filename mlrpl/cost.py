@@ -73,7 +73,7 @@ def costs(place: Workplace, only: str | None = None, device: str | None = None) 
     kinds: dict[str, dict[str, Job]] = {}  # runs that coincide are one
     for job in chosen(place, only):
         run = job.run
-        kinds.setdefault(repr((run.method, run.options, run.settings)), {})[job.key] = job
+        kinds.setdefault(repr((run.method, run.options, run.settings)), {}).setdefault(job.key, job)
     for jobs in kinds.values():
         first, *_ = jobs.values()
         yield _measured(place.data_of(first.run), first, len(jobs), len(left & jobs.keys()), target)

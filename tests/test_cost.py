@@ -21,6 +21,9 @@ STUDY = {
         "check_every": 10, "ramp_iterations": 8, "precision": "float32",
     },
     "audit": {"every": 2},
+    "ablations": [{"name": "gamma", "title": "Weight", "axis": "γ", "labelled": 1, "variants": [
+        {"variant": "0.5", "title": "γ = 0.5"}, {"variant": "1.0", "title": "γ = 1.0", "options": {"gamma": 1.0}},
+    ]}],
     "runs": [
         {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": [1, 3]},
         {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
@@ -37,9 +40,10 @@ def place(tmp_path, monkeypatch) -> Workplace:
 
 
 def test_runs_of_one_kind_are_measured_once(place):
-    vnet, mlrpl = costs(place, device="cpu")
+    vnet, mlrpl, gamma = costs(place, device="cpu")
     assert (vnet.title, vnet.runs, vnet.left) == ("V-Net", 4, 4)
-    assert (mlrpl.title, mlrpl.runs, mlrpl.left) == ("MLRPL", 2, 2)
+    assert (mlrpl.title, mlrpl.runs, mlrpl.left) == ("MLRPL", 2, 2)  # the ablation's reference coincides with them
+    assert (gamma.title, gamma.runs) == ("Weight: γ = 1.0", 2)
     assert 0 < vnet.step_s < mlrpl.step_s  # twice the volumes through twice the decoders
     assert not list(place.runs.glob("*")), "nothing of a measurement may be taken for a run"
 
