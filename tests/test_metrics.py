@@ -5,6 +5,7 @@ import pytest
 from medpy.metric import binary
 from scipy.ndimage import binary_dilation, gaussian_filter, shift
 
+from mlrpl import metrics
 from mlrpl.errors import StudyError
 from mlrpl.metrics import case_metrics
 
@@ -66,6 +67,15 @@ def test_irregular_mask_shifted_grown_and_swapped(spacing):
         assert_like_medpy(reference, prediction, spacing)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("crowded", [-1, 1])
+def test_tree_and_transform_find_the_same_distances(monkeypatch, crowded, spacing):
+    monkeypatch.setattr(metrics, "CROWDED", crowded)  # -1: always the transform; 1: always the tree
+    random = np.random.default_rng(0)
+    for prediction, reference in [(atrium(1), atrium(2)), random.random((2, 12, 10, 8)) < 0.3]:
+        assert_like_medpy(prediction, reference, spacing)
+
+
 def test_equal_to_the_last_bit_with_spacing_on_irregular_masks():
     assert case_metrics(atrium(4), atrium(5), (0.625, 0.7, 1.3)) == medpy(atrium(4), atrium(5), (0.625, 0.7, 1.3))
 
@@ -88,9 +98,9 @@ def test_masks_at_borders_single_voxels_and_thin_ones(prediction, reference, spa
 
 def test_known_distances():
     prediction, reference = box((20, 5, 5), (2, 3), (2, 3), (2, 3)), box((20, 5, 5), (9, 10), (2, 3), (2, 3))
-    metrics = case_metrics(prediction, reference)
-    assert metrics == {"dice": 0, "jaccard": 0, "hd95": 7, "asd": 7}
-    assert {type(value) for value in metrics.values()} == {float}
+    measured = case_metrics(prediction, reference)
+    assert measured == {"dice": 0, "jaccard": 0, "hd95": 7, "asd": 7}
+    assert {type(value) for value in measured.values()} == {float}
     assert case_metrics(prediction, reference, (0.5, 1, 1))["hd95"] == 3.5
 
 
@@ -116,8 +126,8 @@ def test_inputs_are_not_changed():
 @pytest.mark.parametrize(("predicted", "referred", "overlap"), [(True, False, 0), (False, True, 0), (False, False, 1)])
 def test_empty_masks_have_no_distances(predicted, referred, overlap):
     prediction, reference = np.full((4, 4, 4), predicted), np.full((4, 4, 4), referred)
-    metrics = case_metrics(prediction, reference, (1, 1, 2))
-    assert metrics == pytest.approx({"dice": overlap, "jaccard": overlap, "hd95": np.nan, "asd": np.nan}, nan_ok=True)
+    measured = case_metrics(prediction, reference, (1, 1, 2))
+    assert measured == pytest.approx({"dice": overlap, "jaccard": overlap, "hd95": np.nan, "asd": np.nan}, nan_ok=True)
 
 
 def test_shapes_must_agree():
