@@ -175,6 +175,9 @@ def growth_figure(rows: pd.DataFrame) -> Figure:
         ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.tick_params(axis="x", labelsize=6.5)
     axes[0].set_ylabel("seconds")
+    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 

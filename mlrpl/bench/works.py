@@ -278,7 +278,7 @@ def sliding_windows(
     def plain() -> tuple[np.ndarray, np.ndarray]:
         return yardstick().test_single_case(pair.plain, case.image[0], size.patch, stride, size.classes)
 
-    setting = f"{sides(volume)}, windows of {sides(size.patch)} at {sides(stride)}"
+    setting = f"{sides(volume)}, windows at {sides(stride)}"
     for name, outputs in {"one decoder": ("decoder1",), "both decoders": ("decoder1", "mean")}.items():
 
         def difference(outputs: Sequence[str] = outputs) -> float:
@@ -315,7 +315,7 @@ def library_window(size: Size, volume: Sequence[int], stride: Sequence[int], dev
         with exact(device):
             return relative(ours(FLOAT32), theirs(FLOAT32))
 
-    setting = f"{sides(volume)}, windows of {sides(size.patch)} at {sides(stride)}"
+    setting = f"{sides(volume)}, windows at {sides(stride)}"
     return Work("sliding window beside MONAI's", setting, ours, theirs, difference, needs_bf16=True)
 
 
