@@ -13,7 +13,10 @@ from mlrpl.words import counted, duration
 
 @dataclass(frozen=True)
 class Standing:
-    """One run: its state ("finished", "running", "queued", "stopped", "failed", "waiting") and what is known of it."""
+    """One run and what is known of it.
+
+    Its state is "finished", "trained", "running", "queued", "stopped", "failed" or "waiting".
+    """
 
     run: str
     state: str
@@ -50,18 +53,30 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
     if (owner := holder(folder)) is not None:
         return Standing(name, "running", f"{_progress(job)}; process {owner.pid} on {owner.host}")
     if all(job.finished(stage) and (folder / notebook).exists() for stage, notebook in STAGES):
-        seconds = job.provenance["train"].get("seconds", 0)
-        return Standing(name, "finished", f"in {duration(seconds)} of training")
+        return Standing(name, "finished", _took(job))
     if slurm_job:
         state, reason = slurm_job
         running = state in ("RUNNING", "COMPLETING")
         return Standing(name, "running" if running else "queued", "starting" if running else reason)
     log = folder / WORKER_LOG
     if not log.exists():
-        return Standing(name, "waiting")
+        return _by_hand(job)
     reason = last_line(log)
     state = "stopped" if "the same command goes on" in reason else "failed"
     return Standing(name, state, f"{reason} ({log})")
+
+
+def _by_hand(job: Job) -> Standing:
+    """Of a run that no `reproduce` has begun; `mlrpl train` and `mlrpl evaluate` may have."""
+    if not job.finished("train"):
+        return Standing(job.run.name, "waiting")
+    if not job.finished("evaluate"):
+        return Standing(job.run.name, "trained", "not evaluated yet")
+    return Standing(job.run.name, "finished", _took(job))
+
+
+def _took(job: Job) -> str:
+    return f"in {duration(job.provenance['train'].get('seconds', 0))} of training"
 
 
 def _progress(job: Job) -> str:

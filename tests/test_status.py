@@ -37,6 +37,17 @@ def test_nothing_run_yet_is_said(place):
         standings(place)
 
 
+def test_runs_trained_and_evaluated_one_step_at_a_time_are_told_too(place):
+    name = place.jobs[0].run.name
+    place.train(name, "cpu")
+    first, *_ = standings(place)
+    assert (first.state, first.detail) == ("trained", "not evaluated yet")
+    place.evaluate(name, "cpu")
+    first, *others = standings(place)
+    assert first.state == "finished" and first.detail.endswith("of training")
+    assert {standing.state for standing in others} == {"waiting"}
+
+
 def test_every_state_is_told_with_its_detail(place):
     finished, running, failed, stopped, _ = place.jobs
     for job in (running, failed, stopped):
