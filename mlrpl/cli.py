@@ -146,7 +146,9 @@ def studies() -> None:
 
     for name in study_names():
         study = load_study(name)
-        print(f"{name:<14} {study.title}; {counted(len(list(study.runs())), 'run')}")
+        # As in `mlrpl reproduce`, runs that coincide are one.
+        runs = {repr((r.method, r.options, r.settings, r.labelled, r.seed, r.fold)) for r in study.runs()}
+        print(f"{name:<14} {study.title}; {counted(len(runs), 'run')}")
 
 
 @app.command()
