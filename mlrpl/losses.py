@@ -20,11 +20,10 @@ def hard_labels(scores: Tensor) -> Tensor:
     Class by class, since torch.argmax over a short strided dimension is many times slower on a CPU.
     """
     best = scores[:, 0]
-    labels = torch.zeros_like(best, dtype=torch.long)
-    for c in range(1, scores.shape[1]):
-        labels.masked_fill_(scores[:, c] > best, c)
-        if c + 1 < scores.shape[1]:
-            best = torch.maximum(best, scores[:, c])
+    labels = (scores[:, 1] > best).long()
+    for c in range(2, scores.shape[1]):
+        best = torch.maximum(best, scores[:, c - 1])
+        labels = torch.where(scores[:, c] > best, c, labels)
     return labels
 
 

@@ -177,8 +177,7 @@ def _targets(
         known = (entropies[i], entropies[j]) if selection == "wr" else None
         mask = select(selection, probabilities[i], probabilities[j], threshold, known)
         scale = mask * weights[j] / (mask.sum() + EPSILON)
-        for c in range(targets[i].shape[1]):
-            targets[i][:, c] += torch.where(pseudo_labels[j] == c, scale, 0)
+        targets[i].scatter_add_(1, pseudo_labels[j].unsqueeze(1), scale.unsqueeze(1))
     return targets
 
 
