@@ -54,9 +54,9 @@ seeds where there are several. A distance is undefined where a method finds noth
 left out of the distances (the published code averages zeros there)."""
 COST = """Seconds are the median, memory the largest of a method's runs, on the device and in the precision of the table
 of runs below; runs side by side slow one another down. Passes without gradient count as volumes too."""
-NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch, labelled and unlabelled
-volumes together, by its own statistics; prediction by their running averages, as published. The second column uses the
-statistics of the volume that is predicted instead. A large difference says that the averages fail, not the features."""
+NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
+unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
+of the volume that is predicted instead. A large difference says that the averages fail, not the features."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, with Holm's correction over the methods at one number of labelled cases.
