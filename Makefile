@@ -59,13 +59,13 @@ bench: $(READY)  ## time the package beside its plain formulation; results/bench
 	@$(BIN)mlrpl bench $${DEVICE:+--device "$$DEVICE"}
 
 test: $(READY)  ## all fast tests
-	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(READY)  ## all tests, slow ones too
-	@$(BIN)python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
+	@$(BIN)python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
 
 test-faults: $(READY)  ## every fault done for real, 200 kills among them; ends with a table
-	@KILLS=$(KILLS) $(BIN)python -m pytest -n $(WORKERS) --dist loadfile -m fault
+	@KILLS=$(KILLS) $(BIN)python -m pytest -n $(WORKERS) --dist worksteal -m fault
 
 audit: $(READY)  ## known weaknesses of the locked packages; needs a network
 	@[ -x .venv-audit/bin/pip-audit ] || { "$$PYTHON" -m venv .venv-audit && .venv-audit/bin/python -m pip install pip-audit; }

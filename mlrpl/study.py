@@ -151,6 +151,7 @@ class Workplace:
         jobs: list[Job] = []
         built: set[str] = set()  # building a network takes a moment, and seeds share it
         folders: dict[str, Path] = {folder.name[-8:]: folder for folder in self.runs.glob("*-????????")}
+        others = {folder.name[-8:]: folder for folder in sorted(self.root.glob("*/*-????????"))}
         for run in self.study.runs():
             method = find_method(run.method)
             audited, (_, unlabelled) = bool(run.audit_every), method.batch_sizes(run.settings)
@@ -165,8 +166,11 @@ class Workplace:
             data = self.data_of(run)
             split_training(run, data, unlabelled > 0)
             key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
-            # One key, one folder: runs that coincide share it, whatever the first of them was called.
-            folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
+            # One key, one folder: runs that coincide share it, whatever study and run they were first done for.
+            folder = folders.get(key[:8]) or others.get(key[:8])
+            if folder is None or (audited and folder.parent != self.runs and not (folder / "audit.csv").exists()):
+                folder = self.runs / f"{run.name}-{key[:8]}"
+            folders[key[:8]] = folder
             jobs.append(Job(run, key, folder, self.study.distances))
         return jobs
 

@@ -49,7 +49,9 @@ def cluster() -> Iterator[None]:
         yield
         return
     folder = Path(tempfile.mkdtemp(prefix="mlrpl-slurm-"))
-    made = subprocess.run([CLUSTER, "start", folder], capture_output=True, text=True, check=False)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    ports = os.environ | {"PORT": str(26817 + 2 * worker)}  # each process of the test run has its own cluster
+    made = subprocess.run([CLUSTER, "start", folder], capture_output=True, text=True, check=False, env=ports)
     if made.returncode:
         shutil.rmtree(folder)
         pytest.skip(f"no Slurm on this machine: {made.stderr.strip()}")

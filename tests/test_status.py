@@ -48,6 +48,23 @@ def test_runs_trained_and_evaluated_one_step_at_a_time_are_told_too(place):
     assert {standing.state for standing in others} == {"waiting"}
 
 
+def test_what_another_study_has_done_is_done_unless_it_lacks_the_audit(place):
+    name = "mlrpl-1-s0"
+    runs = [*STUDY["runs"], {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1}]
+    for study, changes in {"with-mine": {}, "audited": {"audit": {"every": 1}}}.items():
+        Path(f"{study}.yaml").write_text(yaml.safe_dump({**STUDY, "name": study, "runs": runs, **changes}))
+    for run in ("vnet-1-s0", "vnet-1-s1"):
+        place.train(run, "cpu")
+    mine, audited = Workplace("with-mine.yaml"), Workplace("audited.yaml")
+    assert [job.finished("train") for job in mine.jobs if job.run.method == "vnet"] == [True, True, False, False, False]
+    assert mine.job("vnet-1-s0").folder == place.job("vnet-1-s0").folder
+    assert mine.job("vnet-1-s2").folder.parent == mine.runs
+    mine.train(name, "cpu")
+    assert not audited.job(name).finished("train") and audited.job(name).key == mine.job(name).key
+    audited.train(name, "cpu")
+    assert (audited.job(name).folder / "audit.csv").exists() and audited.job(name).folder.parent == audited.runs
+
+
 def test_every_state_is_told_with_its_detail(place):
     finished, running, failed, stopped, _ = place.jobs
     for job in (running, failed, stopped):
