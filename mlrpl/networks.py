@@ -81,6 +81,24 @@ def upsampling(kind: str, in_channels: int, out_channels: int) -> nn.Sequential:
     raise ValueError(f"unknown up-sampling {kind!r}: choose deconv, nearest or trilinear")
 
 
+@contextmanager
+def made_again(total: Tensor, *parts: Tensor) -> Iterator[None]:
+    """Within, what autograd would keep of a sum are its parts: they are kept anyway, so a map of this size is saved."""
+    if torch.compiler.is_compiling():  # the compiler decides by itself what to make again
+        yield
+        return
+    address, parts = total.data_ptr(), tuple(part.detach() for part in parts)
+
+    def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return parts if saved.data_ptr() == address else saved
+
+    def unpack(packed: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else torch.add(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class Encoder(nn.Module):
     """Five stages; returns their five maps, full resolution first, the bottleneck after Dropout3d 0.5.
 
@@ -122,17 +140,23 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
         self.head = PointwiseConv3d(filters, num_classes)
 
-    def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The decoder's maps before any head, from 1/8 to full resolution, without dropout."""
+    def levels(self, maps: Sequence[Tensor], dropout: bool = False) -> list[Tensor]:
+        """The decoder's maps before any head, from 1/8 to full resolution, the last one after dropout if asked for."""
         outputs: list[Tensor] = []
         below = maps[-1]
         for up, stage, skip in zip(self.ups, self.stages, reversed(maps[:-1]), strict=True):
-            below = stage(up(below) + skip)
+            above = up(below)
+            with made_again(total := above + skip, above, skip):
+                if dropout and len(outputs) + 1 == len(self.stages):
+                    # Dropout and ReLU give the same in either order; in this one autograd keeps one map, not two.
+                    below = stage[-1](self.dropout(stage[:-1](total)))
+                else:
+                    below = stage(total)
             outputs.append(below)
         return outputs
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        features = self.dropout(self.levels(maps)[-1])
+        features = self.levels(maps, dropout=True)[-1]
         return self.head(features), features
 
 

@@ -37,7 +37,7 @@ from mlrpl.interrupt import passed_on, stop_requests
 from mlrpl.locks import locked
 from mlrpl.memory import ADVICE, exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
-from mlrpl.process import import_jsonschema
+from mlrpl.process import MALLOC, import_jsonschema
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 from mlrpl.words import duration
 
@@ -442,7 +442,7 @@ def run_command(place: Workplace, job: Job, device: str | None, tensorboard: boo
 def run_environment(job: Job) -> dict[str, str]:
     """What that command needs beside the environment: threads are fixed, so that results depend on no engine."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return dict.fromkeys(names, str(job.run.settings.threads))
+    return {**dict.fromkeys(names, str(job.run.settings.threads)), **MALLOC}
 
 
 def start_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> subprocess.Popen[bytes]:

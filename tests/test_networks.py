@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mlrpl.networks import (
+    Decoder,
     NearestConv3d,
     PointwiseConv3d,
     VNet,
@@ -204,3 +206,47 @@ def test_levels_are_the_decoders_maps_from_an_eighth_to_full_resolution():
     assert [tuple(m.shape[1:]) for m in network.decoders[0].levels(maps)] == [
         (16, 4, 4, 2), (8, 8, 8, 4), (4, 16, 16, 8), (2, 32, 32, 16),
     ]  # fmt: skip
+
+
+def straightforward(self: Decoder, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A decoder's pass with every map kept, and dropout behind the last ReLU."""
+    below = maps[-1]
+    for up, stage, skip in zip(self.ups, self.stages, reversed(maps[:-1]), strict=True):
+        below = stage(up(below) + skip)
+    features = self.dropout(below)
+    return self.head(features), features
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_not_kept_changes_no_bit(monkeypatch, training, precision):
+    def step() -> dict[str, Tensor]:
+        network = to_channels_last(tiny(KINDS)).train(training)
+        image = torch.randn(2, 1, 16, 32, 16, requires_grad=True)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits, features = network(image.contiguous(memory_format=torch.channels_last_3d))
+        loss = sum(z.float().square().mean() + f.float().mean() for z, f in zip(logits, features, strict=True))
+        loss.backward()
+        return {"loss": loss, "image": image.grad, **{name: p.grad for name, p in network.named_parameters()}}
+
+    ours = step()
+    monkeypatch.setattr(Decoder, "forward", straightforward)
+    plain = step()
+    assert len(ours) > 200 and all(gradient is not None for gradient in ours.values())
+    assert [name for name in ours if not torch.equal(ours[name], plain[name])] == []
+
+
+def test_sums_with_skips_and_maps_before_dropout_are_let_go():
+    network = tiny()
+    passing: list[StorageWeakRef] = []
+    for decoder in network.decoders:
+        for stage in decoder.stages:
+            stage[0].register_forward_pre_hook(
+                lambda _, sums: passing.append(StorageWeakRef(sums[0].untyped_storage()))
+            )
+        decoder.dropout.register_forward_pre_hook(
+            lambda _, maps: passing.append(StorageWeakRef(maps[0].untyped_storage()))
+        )
+    logits, _ = network(torch.randn(2, 1, 16, 16, 16))
+    assert all(z.requires_grad for z in logits)
+    assert [storage.expired() for storage in passing] == [True] * 2 * (4 + 1)

@@ -222,7 +222,7 @@ def test_interrupted_installation_starts_over(make):
     make.calls()
     assert make("test").returncode == 0
     assert not half.exists()
-    assert make.calls() == [*INSTALLATION, "python -m pytest -n 2 --dist loadfile"]
+    assert make.calls() == [*INSTALLATION, "python -m pytest -n 2 --dist worksteal"]
 
 
 def test_settings_reach_the_command_as_typed_and_only_those_given(make):
@@ -255,12 +255,12 @@ def test_a_cluster_gets_what_is_asked_of_it_and_no_limit_of_runs_unless_typed(ma
 
 def test_the_fault_tests_are_a_target_of_their_own(make):
     make("test-faults")
-    assert make.calls()[-1] == "python -m pytest -n 2 --dist loadfile -m fault"
+    assert make.calls()[-1] == "python -m pytest -n 2 --dist worksteal -m fault"
 
 
 def test_slow_tests_run_on_request(make):
     make("test-all")
-    assert make.calls()[-1] == "python -m pytest -n 2 --dist loadfile -m slow or not slow"
+    assert make.calls()[-1] == "python -m pytest -n 2 --dist worksteal -m slow or not slow"
 
 
 def test_build_of_torch_is_taken_from_its_index_first(make, lock):

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.networks import Encoder, count_parameters, counted_volumes
 from mlrpl.precision import choose_precision
-from mlrpl.process import tune
+from mlrpl.process import MALLOC, tune
 from mlrpl.training import (
     find_device,
     make_optimizer,
@@ -51,7 +52,12 @@ def costs(size: Size, device: str, repeats: int, methods: list[str] | None = Non
 def _measured(method: str, size: Size, device: str, repeats: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "mlrpl.bench.methods", method, json.dumps(asdict(size)), device, str(repeats)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **({} if method == PLAIN else MALLOC)},  # as each is run
     )
     try:
         while process.poll() is None:
