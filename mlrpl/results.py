@@ -98,7 +98,7 @@ def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablatio
     for job in jobs:
         if job.key in names and job.run.ablation:
             continue
-        if job.finished("train") and job.finished("evaluate"):
+        if job.complete:
             parts.append(run_frames(job))
         elif job.key in keys:
             parts.append(_adopted(job, committed))

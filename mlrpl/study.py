@@ -76,6 +76,11 @@ class Job:
         done = self.provenance.get(stage, {}).get("key") == self.stage_key(stage)
         return done and all((self.folder / name).exists() for name in files)
 
+    @property
+    def complete(self) -> bool:
+        """Whether both are done."""
+        return self.finished("train") and self.finished("evaluate")
+
     def stage_key(self, stage: str) -> str:
         """The run's key; evaluation's also names how it was measured."""
         return self.key if stage == "train" else f"{self.key}/{self.distances}/{EVALUATION_VERSION}"
@@ -166,11 +171,11 @@ class Workplace:
             data = self.data_of(run)
             split_training(run, data, unlabelled > 0)
             key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
-            # One key, one folder: runs that coincide share it, whatever study and run they were first done for.
-            folder = folders.get(key[:8]) or others.get(key[:8])
-            if folder is None or (audited and folder.parent != self.runs and not (folder / "audit.csv").exists()):
-                folder = self.runs / f"{run.name}-{key[:8]}"
-            folders[key[:8]] = folder
+            # One key, one folder: runs that coincide share it, whatever the first of them was called.
+            folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
+            done = Job(run, key, others.get(key[:8], folder), self.study.distances)
+            if not folder.exists() and done.complete and (not audited or (done.folder / "audit.csv").exists()):
+                folder = done.folder  # another study's; only its finished runs, so that no two write into one folder
             jobs.append(Job(run, key, folder, self.study.distances))
         return jobs
 

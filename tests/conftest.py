@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, no window, no user settings, and a browser where there is one."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,12 @@ os.environ |= {
 }
 
 import browser as chromium
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few tests first, since theirs take longest: then no process ends long after the others."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

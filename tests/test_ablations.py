@@ -79,7 +79,7 @@ def found(study, tmp_path) -> Results:
     for run in study.runs():
         folder = tmp_path / key(run)
         folder.mkdir(exist_ok=True)
-        jobs.append(SimpleNamespace(run=run, key=key(run), folder=folder, finished=lambda stage: True))
+        jobs.append(SimpleNamespace(run=run, key=key(run), folder=folder, finished=lambda stage: True, complete=True))
         gain = 0.1 * ("selection" not in run.options) + 0.05 * ("weighting" not in run.options)
         identity = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
         rows = [

@@ -53,13 +53,16 @@ def test_what_another_study_has_done_is_done_unless_it_lacks_the_audit(place):
     runs = [*STUDY["runs"], {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1}]
     for study, changes in {"with-mine": {}, "audited": {"audit": {"every": 1}}}.items():
         Path(f"{study}.yaml").write_text(yaml.safe_dump({**STUDY, "name": study, "runs": runs, **changes}))
-    for run in ("vnet-1-s0", "vnet-1-s1"):
+    for run in ("vnet-1-s0", "vnet-1-s1", "vnet-1-s2"):
         place.train(run, "cpu")
+        if run != "vnet-1-s2":  # another process may be at it
+            place.evaluate(run, "cpu")
     mine, audited = Workplace("with-mine.yaml"), Workplace("audited.yaml")
-    assert [job.finished("train") for job in mine.jobs if job.run.method == "vnet"] == [True, True, False, False, False]
+    assert [job.complete for job in mine.jobs if job.run.method == "vnet"] == [True, True, False, False, False]
     assert mine.job("vnet-1-s0").folder == place.job("vnet-1-s0").folder
     assert mine.job("vnet-1-s2").folder.parent == mine.runs
     mine.train(name, "cpu")
+    mine.evaluate(name, "cpu")
     assert not audited.job(name).finished("train") and audited.job(name).key == mine.job(name).key
     audited.train(name, "cpu")
     assert (audited.job(name).folder / "audit.csv").exists() and audited.job(name).folder.parent == audited.runs
