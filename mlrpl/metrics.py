@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 
@@ -104,6 +105,6 @@ def _distances(surface: np.ndarray, target: np.ndarray, spacing: Sequence[float]
         others = np.argwhere(target)
         # Balancing the tree takes longer than it saves in so few queries.
         tree = KDTree(others * step, leafsize=32, compact_nodes=False, balanced_tree=False)
-        nearest[apart] = others[tree.query(points[apart] * step)[1]]
+        nearest[apart] = others[tree.query(points[apart] * step, workers=torch.get_num_threads())[1]]
     offsets = ((nearest - points) * step).T
     return np.sqrt((offsets * offsets).sum(axis=0))
