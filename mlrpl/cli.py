@@ -144,11 +144,12 @@ def studies() -> None:
     """List the studies that come with the package."""
     from mlrpl.config import load_study, study_names
 
+    width = max(map(len, study_names()))
     for name in study_names():
         study = load_study(name)
         # As in `mlrpl reproduce`, runs that coincide are one.
         runs = {repr((r.method, r.options, r.settings, r.labelled, r.seed, r.fold)) for r in study.runs()}
-        print(f"{name:<14} {study.title}; {counted(len(runs), 'run')}")
+        print(f"{name:<{width}}  {study.title}; {counted(len(runs), 'run')}")
 
 
 @app.command()
