@@ -1,7 +1,6 @@
 """What all tests share: one thread a process, no window, no user settings, and a browser where there is one."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,8 @@ import browser as chromium
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with few tests first, since theirs take longest: then no process ends long after the others."""
-    tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: tests[item.path])
+    """The file that takes half of the time first, so that one process does it and another all the rest."""
+    items.sort(key=lambda item: item.path.name != "test_reproduce.py")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
