@@ -519,7 +519,7 @@ def write_overview(results: Path) -> None:
         text = facts.get("summary", "")
         if len(everything):
             runs = everything.compared().runs
-            methods = ", ".join(dict.fromkeys(runs["title"]))
+            methods = "; ".join(dict.fromkeys(runs["title"]))
             counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
             text = f"{methods}; {counts} labelled cases; {counted(len(everything), 'run')}"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
