@@ -17,9 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ class Workplace:
         jobs: list[Job] = []
         built: set[str] = set()  # building a network takes a moment, and seeds share it
         folders: dict[str, Path] = {folder.name[-8:]: folder for folder in self.runs.glob("*-????????")}
-        others = {folder.name[-8:]: folder for folder in sorted(self.root.glob("*/*-????????"))}
+        elsewhere: dict[str, list[Path]] = defaultdict(list)
+        for found in sorted(self.root.glob("*/*-????????")):
+            elsewhere[found.name[-8:]].append(found)
         for run in self.study.runs():
             method = find_method(run.method)
             audited, (_, unlabelled) = bool(run.audit_every), method.batch_sizes(run.settings)
@@ -173,10 +176,12 @@ class Workplace:
             key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
-            done = Job(run, key, others.get(key[:8], folder), self.study.distances)
-            if not folder.exists() and done.complete and (not audited or (done.folder / "audit.csv").exists()):
-                folder = done.folder  # another study's; only its finished runs, so that no two write into one folder
-            jobs.append(Job(run, key, folder, self.study.distances))
+            job = Job(run, key, folder, self.study.distances)
+            if not folder.exists():  # another study's will do, if finished: so no two write into one folder
+                others = (replace(job, folder=other) for other in elsewhere[key[:8]])
+                usable = (o for o in others if o.complete and (not audited or (o.folder / "audit.csv").exists()))
+                job = next(usable, job)
+            jobs.append(job)
         return jobs
 
     def job(self, name: str) -> Job:

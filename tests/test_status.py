@@ -64,6 +64,10 @@ def test_what_another_study_has_done_is_done_unless_it_lacks_the_audit(place):
     mine.train(name, "cpu")
     mine.evaluate(name, "cpu")
     assert not audited.job(name).finished("train") and audited.job(name).key == mine.job(name).key
+    unfinished = mine.root / "zzz" / mine.job(name).folder.name  # of a third study, named after the finished one
+    unfinished.mkdir(parents=True)
+    Path("fourth.yaml").write_text(yaml.safe_dump({**STUDY, "name": "fourth", "runs": runs}))
+    assert Workplace("fourth.yaml").job(name).folder == mine.job(name).folder
     audited.train(name, "cpu")
     assert (audited.job(name).folder / "audit.csv").exists() and audited.job(name).folder.parent == audited.runs
 
