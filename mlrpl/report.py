@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import mistune
 import pandas as pd
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent / "templates"
+URI_SAFE = " !$()*+,-./:;=?@_~'"  # as they are inside a quoted attribute's URI
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -179,7 +181,7 @@ def _cell(value: object) -> str | Link:
 
 
 def _data_uri(path: Path) -> str:
-    """The picture as a data URI."""
+    """The picture as a data URI; SVG as text, which base64 would make a third longer."""
     kind = PICTURE_TYPES.get(path.suffix.lower())
     if kind is None:
         raise StudyError(f"{path}: only {' and '.join(PICTURE_TYPES)} pictures can be embedded")
@@ -187,6 +189,8 @@ def _data_uri(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); make the figure again") from error
+    if kind == PICTURE_TYPES[".svg"]:
+        return f"data:{kind},{quote(content, safe=URI_SAFE)}"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -483,8 +483,14 @@ def _reliability_section(place: Workplace, found: Results) -> list[Section]:
 
 
 def _pictures(folder: Path, *names: str) -> list[Picture]:
-    paths = [folder / "figures" / f"{name}.svg" for name in names]
-    return [Picture(path, CAPTIONS.get(path.stem, ""), path.stem.replace("-", " ")) for path in paths if path.exists()]
+    """Saved figures for a page: SVG, or PNG where that is less than half as large; of voxels an SVG shows no more."""
+    pictures = []
+    for name in names:
+        vector, pixels = (folder / "figures" / f"{name}.{kind}" for kind in ("svg", "png"))
+        if vector.exists():
+            path = pixels if 2 * pixels.stat().st_size < vector.stat().st_size else vector
+            pictures.append(Picture(path, CAPTIONS.get(name, ""), name.replace("-", " ")))
+    return pictures
 
 
 def _run_table(place: Workplace, found: Results) -> pd.DataFrame:

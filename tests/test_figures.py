@@ -1,5 +1,6 @@
 """Figures show what the tables and cases hold, legibly, and are written reproducibly."""
 
+import re
 from itertools import combinations, product
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ import pytest
 from matplotlib import _pylab_helpers, rcParams
 from matplotlib.contour import ContourSet
 from matplotlib.text import Text
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mlrpl.data.store import Case
 from mlrpl.figures import (
     METHOD_COLOURS,
     POINTS,
+    STYLE,
     CaseView,
     case_montage,
     checks,
@@ -405,6 +408,23 @@ def test_saved_figures_are_the_same_bytes_again(tmp_path):
     for name in ("cases.png", "cases.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert "dc:date" not in (tmp_path / "one" / "cases.svg").read_text(encoding="utf-8")
+
+
+def test_saved_figures_are_small_and_look_as_drawn(tmp_path):
+    metrics, runs, _, _ = study(TOUR)
+    figure = distributions(metrics, runs)
+    save(figure, tmp_path, "cases")
+    png, drawn = tmp_path / "cases.png", tmp_path / "drawn.png"
+    figure.savefig(drawn, dpi=STYLE["savefig.dpi"])
+    assert png.stat().st_size < 0.6 * drawn.stat().st_size
+    seen, meant = (np.asarray(Image.open(path).convert("RGB"), float) for path in (png, drawn))
+    assert seen.shape == meant.shape
+    assert np.abs(seen - meant).mean() < 0.2  # of 255
+    svg = (tmp_path / "cases.svg").read_text(encoding="utf-8")
+    paths = re.findall(r' d="([^"]*)"', svg)
+    assert paths
+    assert not any(re.search(r"\.\d{3}|\n", path) for path in paths)
+    assert "scale(0.015625)" in svg  # of letters: not a coordinate
 
 
 def test_notebooks_show_figures_by_themselves():
