@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import os
 import sys
 
 import torch
@@ -11,7 +12,8 @@ M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_MAX = 1, -1, -4  # malloc.h
 # For the environment of a process that trains. Where a large map was, glibc's malloc can put another of that size only
 # if it may join the map's place with the crumbs beside it, which its caches of small pieces (this one, and that of
 # M_MXFAST) would hold back. Otherwise a step at the size of the left atrium study needs hundreds of megabytes more.
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+TUNABLES = "GLIBC_TUNABLES"
+MALLOC = {TUNABLES: ":".join([*filter(None, [os.getenv(TUNABLES)]), "glibc.malloc.tcache_count=0"])}
 
 
 def tune(device: torch.device) -> None:
