@@ -93,9 +93,11 @@ def prototype_similarity(features: Tensor, pseudo_labels: Tensor, num_classes: i
     """
     flat = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
     member = one_hot(pseudo_labels, num_classes).to(flat.dtype).flatten(2)
-    prototypes = member @ flat.transpose(1, 2) / (member.sum(2, keepdim=True) + EPSILON)
-    # Two small matrix products in place of an (N, C, F, x, y, z) tensor.
-    similarity = F.normalize(prototypes, dim=2, eps=1e-8) @ flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    # Two small matrix products in place of an (N, C, F, x, y, z) tensor; not in float16, in which a sum over a
+    # volume's voxels is infinite.
+    with torch.autocast(features.device.type, enabled=False):
+        prototypes = member @ flat.transpose(1, 2) / (member.sum(2, keepdim=True) + EPSILON)
+        similarity = F.normalize(prototypes, dim=2, eps=1e-8) @ flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
     return similarity.unflatten(2, features.shape[2:])
 
 

@@ -154,6 +154,18 @@ def test_gradient_is_that_of_the_plain_sum(decoders: int, layout: torch.memory_f
         torch.testing.assert_close(z.grad, expected, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_loss_in_float32(precision: torch.dtype) -> None:
+    """In float16 the sum of a feature over a large volume is infinite, and the loss would be NaN."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(1, 2, 64, 64, 32, generator=generator) for _ in range(2)]
+    features = [1 + torch.rand(1, 4, 64, 64, 32, generator=generator) for _ in range(2)]
+    assert features[0].sum((2, 3, 4)).min() > torch.finfo(torch.float16).max
+    expected = mutual_loss(logits, features)
+    with torch.autocast("cpu", dtype=precision):
+        assert mutual_loss(logits, features) == expected
+
+
 def test_gradients_pass_gradcheck_in_double_precision() -> None:
     """Away from ties a small step changes neither m nor ŷ, but w and Σm are constants: they are held fixed here."""
     logits, features = random_decoders(classes=2)
