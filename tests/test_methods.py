@@ -34,9 +34,9 @@ from mlrpl.methods.ssnet import MEMORIES, RADIUS, WIDTH, ClassMemory
 from mlrpl.methods.uamt import certainty_threshold, masked_consistency
 from mlrpl.methods.urpc import pyramid_consistency
 from mlrpl.networks import VNet, count_parameters
-from mlrpl.precision import worst_layer
+from mlrpl.precision import Precision, worst_layer
 from mlrpl.reliability import entropy
-from mlrpl.training import seed_iteration
+from mlrpl.training import make_optimizer, optimise, seed_iteration
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
@@ -474,6 +474,39 @@ def test_probabilities_are_float32_under_autocast(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), SoftmaxInputs() as inputs:
         method.loss(make_batch(patch=patch), Step(1, 10, seed_iteration(0, 1, CPU)))
     assert inputs.types == {torch.float32}
+
+
+class HostReads(TorchDispatchMode):
+    """Operations for whose result or size the host would wait, were the tensors on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        masks = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in self.WAITING or masks:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@semi_supervised
+def test_no_step_waits_for_a_gpu(name: str) -> None:
+    method, batch = make(name).train(), make_batch()
+    optimizer, scaler = make_optimizer(method), torch.amp.GradScaler("cpu", enabled=False)
+    with HostReads() as reads:
+        for iteration in (1, 2):  # the first makes teachers and memories
+            step = Step(iteration, 10, seed_iteration(0, iteration, CPU))
+            reads.seen.clear()  # of the generators' seeds
+            optimise(method, batch, step, optimizer, scaler, Precision("float32"))
+            assert reads.seen == []
+        float(batch.image.sum())
+        batch.image[batch.image > 0]
+        assert reads.seen == ["_local_scalar_dense", "index"]
 
 
 @semi_supervised
