@@ -71,6 +71,7 @@ METHOD_COLOURS = {
     "SS-Net": "#CC79A7",
     "AC-MT": "#E69F00",
 }
+SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B"]  # for variants beside all methods
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 SPLIT_COLOURS = {"train": "#0072B2", "val": "#009E73", "test": "#D55E00"}
 STEPS = [1, 2, 4, 5, 10]  # between ticks
@@ -159,10 +160,10 @@ class Series:
 
 
 def colours(titles: Iterable[str]) -> dict[str, str]:
-    """Colour of each title: a method's own; variants take those that no method among the titles uses."""
+    """Colour of each title: a method's own; variants take those that no method among the titles uses, then others."""
     titles = list(dict.fromkeys(titles))
     taken = {METHOD_COLOURS[title] for title in titles if title in METHOD_COLOURS}
-    free = [colour for colour in METHOD_COLOURS.values() if colour not in taken] or list(METHOD_COLOURS.values())
+    free = [colour for colour in METHOD_COLOURS.values() if colour not in taken] + SPARE_COLOURS
     variants = [title for title in titles if title not in METHOD_COLOURS]
     return METHOD_COLOURS | {title: free[i % len(free)] for i, title in enumerate(variants)}
 

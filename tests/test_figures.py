@@ -120,7 +120,8 @@ def test_a_method_keeps_its_colour_and_variants_take_free_ones():
     mixed = colours(["CE", "MLRPL", "CE + WR", "V-Net"])
     assert {title: mixed[title] for title in ALL} == METHOD_COLOURS
     assert len({mixed[title] for title in ["CE", "MLRPL", "CE + WR", "V-Net"]}) == 4
-    assert len(set(METHOD_COLOURS.values())) == len(METHOD_COLOURS)
+    beside_all = [*ALL, "Control, labelled only", "MLRPL (instance norm)", "V-Net (instance norm)", "another"]
+    assert len({colours(beside_all)[title] for title in beside_all}) == len(beside_all)
 
 
 # Training
