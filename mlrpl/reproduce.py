@@ -376,10 +376,13 @@ def _one_a_key(jobs: Sequence[Job]) -> list[Job]:
 
 def representative(jobs: Sequence[Job]) -> list[Job]:
     """The first seed of every variant and number of labelled cases, ablations aside: their notebooks become pages."""
+    return first_seeds([job for job in jobs if not job.run.ablation])
+
+
+def first_seeds(jobs: Sequence[Job]) -> list[Job]:
+    """The first seed of every variant and number of labelled cases."""
     first: dict[tuple[str, int], Job] = {}
     for job in jobs:
-        if job.run.ablation:
-            continue
         first.setdefault((job.run.variant, job.run.labelled), job)
     return list(first.values())
 
@@ -564,10 +567,9 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     Returns:
         The views, and one sentence that says how the cases were chosen.
     """
-    found = found.compared()
     shown_runs = set(found.runs["run"])
     predicted = [job for job in place.jobs if job.run.name in shown_runs and _predictions(place, job).exists()]
-    local = representative(predicted)
+    local = first_seeds(predicted)
     if not local:
         return [], "No label maps are at hand."
     reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])

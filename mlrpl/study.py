@@ -282,7 +282,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
                 progress_bar=False,
                 log_output=False,
                 start_timeout=300,  # a busy machine takes its time
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what goes wrong in a cell is in the notebook
             )
             working.replace(partial)
             failed.unlink(missing_ok=True)

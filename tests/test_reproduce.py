@@ -396,6 +396,18 @@ def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
     assert [list(view.predictions) for view in views] == [["MLRPL"]] * 3
 
 
+def test_the_notebook_of_an_ablations_run_shows_its_own_cases(place):
+    variants = [{"variant": "all", "title": "All"}, {"variant": "ce", "title": "CE", "options": {"weighting": "none"}}]
+    place(ablations=[{"name": "parts", "title": "Parts", "axis": "Part", "labelled": 1, "variants": variants}])
+    at = Workplace("tiny.yaml")
+    trained, job = at.job("mlrpl-1-s0"), at.job("parts-ce-1-s0")
+    shutil.copytree(trained.folder, job.folder)
+    job.record("train", **{k: v for k, v in trained.provenance["train"].items() if k != "key"})
+    job.record("evaluate", seconds=0)
+    views, _ = case_views(at, run_frames(job))
+    assert [list(view.predictions) for view in views] == [["Parts: CE"]] * 3
+
+
 def test_a_twin_has_the_rows_of_its_run_under_its_own_name(place):
     mlrpl = TINY["runs"][1]
     assert place(runs=[mlrpl, {**mlrpl, "variant": "twin", "title": "Twin"}]) == []
