@@ -420,7 +420,7 @@ def test_saved_figures_are_small_and_look_as_drawn(tmp_path):
     assert png.stat().st_size < 0.6 * drawn.stat().st_size
     seen, meant = (np.asarray(Image.open(path).convert("RGB"), float) for path in (png, drawn))
     assert seen.shape == meant.shape
-    assert np.abs(seen - meant).mean() < 0.2  # of 255
+    assert np.abs(seen - meant).max() < 16  # of 255
     svg = (tmp_path / "cases.svg").read_text(encoding="utf-8")
     paths = re.findall(r' d="([^"]*)"', svg)
     assert paths
