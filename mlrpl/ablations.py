@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mlrpl.config import Ablation, load_study
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
-from mlrpl.statistics import interval
+from mlrpl.statistics import interval, limits
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, titled
 
@@ -86,6 +86,11 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
         paper = mine["paper"].iloc[0]
         lines.append(line | {"runs": ", ".join(mine["run"]), "paper": "" if pd.isna(paper) else str(paper)})
     return pd.DataFrame(lines)
+
+
+def caution(rows: pd.DataFrame) -> str:
+    """What cannot be concluded from a :func:`table`, in sentences."""
+    return limits(rows.assign(title=rows["variant"]))
 
 
 def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:

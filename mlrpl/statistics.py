@@ -143,7 +143,7 @@ def limits(table: pd.DataFrame) -> str:
         return f"There is no other method to compare {REFERENCE} with."
     if (table["seeds"] == 1).all():
         said.append(
-            "Each method was trained with one seed: another seed may change a difference's size and its sign. "
+            "Each was trained with one seed: another seed may change a difference's size and its sign. "
             "Intervals and tests speak of other cases, not of other trainings."
         )
     elif (table["seeds"] == 1).any():

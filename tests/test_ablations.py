@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlrpl.ablations import figure, formatted, shown, table
+from mlrpl.ablations import caution, figure, formatted, shown, table
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.methods import find_method
@@ -134,6 +134,8 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     assert text["Paper, LA: Dice (%)"].tolist() == ["—", "88.60", "89.86"]
     assert text["Loss"].tolist() == ["CE", "+ HR", "both (reference)"]
     assert text["Runs"].iloc[1] == "parts-hr-4-s0, parts-hr-4-s1"
+    assert "2 seeds show a direction" in caution(rows.reset_index())
+    assert "With one seed (CE)" in caution(rows.reset_index().assign(seeds=[1, 3, 3]))
     other = table(found, study.ablations[1])
     assert formatted(other, study.ablations[1])["Paper: Dice (%)"].tolist() == ["—", "worse"]
 
