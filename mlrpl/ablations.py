@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mlrpl.config import Ablation, load_study
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
-from mlrpl.statistics import interval, limits
+from mlrpl.statistics import interval, limits, paired
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, titled
 
@@ -61,10 +61,13 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
     rows = chosen(titled(found.metrics, found.runs), "last", "decoder1")
     dice = rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100  # mean over classes
+
+    def of_seeds(some: pd.DataFrame) -> pd.DataFrame:
+        return dice[some["run"]].set_axis(some["seed"], axis=1)
+
     lines = []
     for (labelled, variant), mine in runs.groupby(["labelled", "variant"], sort=False):
-        reference = runs[(runs["labelled"] == labelled) & runs["reference"]]
-        values = dice[mine["run"]]
+        values = of_seeds(mine)
         low, high = interval(values.mean(axis=1))
         line = {
             "labelled": labelled,
@@ -77,12 +80,11 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
             "seeds": len(mine),
             "cases": len(values),
         }
-        seeds = set(mine["seed"]) & set(reference["seed"])
         line |= dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
-        if seeds and not line["reference"]:
-            pair = [dice[side[side["seed"].isin(seeds)]["run"]].mean(axis=1) for side in (mine, reference)]
-            low, high = interval(pair[0] - pair[1])
-            line |= {"difference": (pair[0] - pair[1]).mean(), "difference_low": low, "difference_high": high}
+        if not line["reference"]:
+            apart = paired(values, of_seeds(runs[(runs["labelled"] == labelled) & runs["reference"]]))
+            low, high = interval(apart)
+            line |= {"difference": apart.mean(), "difference_low": low, "difference_high": high}
         paper = mine["paper"].iloc[0]
         lines.append(line | {"runs": ", ".join(mine["run"]), "paper": "" if pd.isna(paper) else str(paper)})
     return pd.DataFrame(lines)

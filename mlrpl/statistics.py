@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
-from mlrpl.tables import comparison, per_case
+from mlrpl.tables import comparison, per_seed
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -50,6 +50,16 @@ def wilcoxon(differences: np.ndarray) -> float:
     return float(stats.wilcoxon(differences).pvalue)
 
 
+def paired(mine: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
+    """Mine − reference, one a case: the mean over the seeds that both have. All NaN without one in common.
+
+    Args:
+        mine: a row a case, a column a seed.
+        reference: likewise.
+    """
+    return (mine - reference).mean(axis=1)  # a seed that one of them lacks is NaN, and not in the mean
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); NaN stay and do not count as tests."""
     p = np.asarray(p, float)
@@ -73,11 +83,11 @@ def summary(
     Returns:
         ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
         over seeds (NaN for one); where the reference has runs at that number and the title is another:
-        ``difference`` of the means over the cases that both have (title − reference) with ``difference_low`` and
-        ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number. Dice and Jaccard
-        in %.
+        ``difference`` (title − reference), the mean over the cases and seeds that both have, with ``difference_low``
+        and ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number. Dice and
+        Jaccard in %.
     """
-    table = per_case(metrics, runs, measure, selection, output)
+    table = per_seed(metrics, runs, measure, selection, output)
     spread = comparison(metrics, runs)
     spread = spread[spread["selection"] == selection]
     # a run with one decoder is its own mean
@@ -87,17 +97,18 @@ def summary(
     spread = spread.set_index(["labelled", "title"])
     rows = []
     for labelled, cases in table.groupby("labelled"):
-        titles = [title for title in dict.fromkeys(runs["title"]) if title in cases and cases[title].notna().any()]
+        cases = cases.dropna(axis=1, how="all")
+        titles = [title for title in dict.fromkeys(runs["title"]) if title in cases]
         for title in titles:
-            values = cases[title].to_numpy()
+            values = cases[title].mean(axis=1).to_numpy()
             low, high = interval(values)
             facts = spread.loc[(labelled, title)]
             row = {"labelled": labelled, "title": title, "mean": np.nanmean(values), "low": low, "high": high}
             row |= {"sd": facts[f"{measure}_sd"], "seeds": facts["seeds"], "cases": np.count_nonzero(~np.isnan(values))}
             if reference in titles and title != reference:
-                apart = values - cases[reference].to_numpy()
+                apart = paired(cases[title], cases[reference])
                 low, high = interval(apart)
-                row |= {"difference": np.nanmean(apart), "difference_low": low, "difference_high": high}
+                row |= {"difference": apart.mean(), "difference_low": low, "difference_high": high}
                 row["p"] = wilcoxon(apart)
             rows.append(row)
     columns = ["difference", "difference_low", "difference_high", "p"]

@@ -133,19 +133,25 @@ def case_dice(metrics: pd.DataFrame) -> pd.Series:
     return rows.groupby("case")["dice"].mean().sort_values(ascending=False, kind="stable")
 
 
+def per_seed(
+    metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", selection: str = "last", output: str = "decoder1"
+) -> pd.DataFrame:
+    """Indexed by (labelled, case), a column a (title, seed): the measure averaged over classes.
+
+    ``dice`` and ``jaccard`` in %, distances as they are; NaN where there is no such run, or no distance.
+    """
+    rows = chosen(titled(metrics, runs), selection, output).astype({"title": str})
+    table = rows.groupby(["labelled", "case", "title", "seed"])[measure].mean().unstack(["title", "seed"]).sort_index()
+    table = table[[title for title in dict.fromkeys(runs["title"]) if title in table]]
+    return table * 100 if measure in ("dice", "jaccard") else table
+
+
 def per_case(
     metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", selection: str = "last", output: str = "decoder1"
 ) -> pd.DataFrame:
-    """A row a (labelled, case), a column a title: the measure averaged over seeds and classes.
-
-    The paired values that tests over cases need; ``dice`` and ``jaccard`` in %, distances as they are.
-    """
-    rows = chosen(titled(metrics, runs), selection, output)
-    titles = rows.groupby("title", observed=True)
-    table = pd.concat(
-        {t: same.groupby(["labelled", "case"])[measure].mean() for t, same in titles}, axis=1
-    ).sort_index()
-    return (table * 100 if measure in ("dice", "jaccard") else table).reset_index()
+    """A row a (labelled, case), a column a title: :func:`per_seed` averaged over the seeds."""
+    table = per_seed(metrics, runs, measure, selection, output)
+    return table.T.groupby(level="title", sort=False).mean().T.reset_index()
 
 
 def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -68,6 +68,22 @@ def test_cases_are_averaged_over_seeds_before_anything_is_tested():
     assert pd.isna(one.set_index("title").loc["MLRPL", "p"])
 
 
+def test_a_difference_is_over_the_seeds_that_both_have():
+    """MLRPL's second and third seed are 0.2 better than its first: the other was not there to be."""
+    ours, theirs = np.linspace(0.5, 0.7, 8), np.linspace(0.45, 0.6, 8)
+    metrics, runs = study({"MLRPL": ours, "Other": theirs}, seeds=3)
+    metrics.loc[(metrics["method"] == "MLRPL") & (metrics["seed"] > 0), "dice"] += 0.2
+    alone = summary(metrics[metrics["seed"] == 0], runs[runs["seed"] == 0]).set_index("title").loc["Other"]
+    metrics, runs = (frame[(frame["method"] == "MLRPL") | (frame["seed"] == 0)] for frame in (metrics, runs))
+    rows = summary(metrics, runs).set_index("title")
+    assert rows.loc["MLRPL", "seeds"] == 3 and rows.loc["MLRPL", "mean"] > 100 * ours.mean() + 9
+    for column in ("difference", "difference_low", "difference_high", "p"):
+        assert rows.loc["Other", column] == pytest.approx(alone[column]), column
+    apart = runs[(runs["method"] == "MLRPL") == (runs["seed"] > 0)]
+    metrics = metrics.merge(apart[["method", "seed"]])
+    assert np.isnan(summary(metrics, apart).set_index("title").loc["Other", ["difference", "p"]].astype(float)).all()
+
+
 def test_holm_counts_the_methods_at_one_number_of_labelled_cases():
     random = np.random.default_rng(2)
     ours = random.uniform(0.7, 0.9, 8)
