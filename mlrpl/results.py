@@ -23,6 +23,7 @@ from mlrpl.study import Job
 
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit
 AUDIT_POINTS = 8  # stretches
+STEPS_TIMED = 20  # iterations in a stretch whose steps are timed
 IDENTITY = ("study", "method", "variant", "labelled", "seed")
 
 
@@ -141,6 +142,7 @@ def run_frames(job: Job) -> Results:
     run, facts = job.run, job.provenance
     evaluated = job.finished("evaluate")
     metrics = pd.read_csv(job.folder / "metrics.csv").assign(**_identity(job)) if evaluated else pd.DataFrame()
+    log = pd.read_csv(job.folder / "log.csv").drop(columns="learning_rate")
     row: dict[str, Any] = {
         "run": run.name,
         **_identity(job),
@@ -148,6 +150,7 @@ def run_frames(job: Job) -> Results:
         "key": job.key,
         "iterations": run.settings.iterations,
         **{name: facts["train"][name] for name in ("precision", "device", "threads", "parameters", "seconds")},
+        "step_seconds": step_seconds(log["seconds"]),
         "seconds_audit": facts["train"].get("audit_seconds"),
         "seconds_evaluate": facts["evaluate"]["seconds"] if evaluated else None,
         "peak_memory_mb": facts["train"]["peak_memory_mb"],
@@ -155,7 +158,6 @@ def run_frames(job: Job) -> Results:
         "ablation": run.ablation,
         "adopted": False,
     }
-    log = pd.read_csv(job.folder / "log.csv").drop(columns="learning_rate")
     stretches = log.index // max(1, -(-len(log) // CURVE_POINTS))
     curves = log.groupby(stretches).mean().assign(iteration=log.groupby(stretches)["iteration"].last())
     return Results(
@@ -165,6 +167,19 @@ def run_frames(job: Job) -> Results:
         pd.read_csv(job.folder / "checks.csv").assign(run=run.name),
         pooled_audit(job.folder / "audit.csv", run.settings.iterations).assign(run=run.name),
     )
+
+
+def step_seconds(elapsed: pd.Series) -> float:
+    """Seconds of an undisturbed step: the tenth percentile of the means over stretches of `STEPS_TIMED` iterations.
+
+    Checks on test cases, a suspended process and other work on the machine make stretches longer, never shorter.
+
+    Args:
+        elapsed: seconds of training by the end of each iteration.
+    """
+    marks = pd.concat([pd.Series([0.0]), elapsed])
+    length = min(STEPS_TIMED, len(elapsed))
+    return float((marks.iloc[::length].diff() / length).quantile(0.1))
 
 
 def pooled_audit(path: Path, iterations: int) -> pd.DataFrame:

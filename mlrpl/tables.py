@@ -223,19 +223,18 @@ def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataF
     """What a method's training step costs, in text: a row a title.
 
     Args:
-        runs: A row a run, with ``seconds`` of training (the checks on test cases are part of them), ``iterations``,
-            ``peak_memory_mb`` and ``parameters``.
+        runs: A row a run, with ``step_seconds`` (:func:`mlrpl.results.step_seconds`; the shortest of several runs is
+            the least disturbed), ``peak_memory_mb`` and ``parameters``.
         volumes: By run, see :func:`mlrpl.methods.volumes_a_step`.
     """
-    seconds = runs["seconds"] / runs["iterations"]
-    titles = runs.assign(step=seconds).groupby("title", sort=False)
-    table = titles.agg({"step": "median", "peak_memory_mb": "max", "parameters": "first", "run": "first"})
-    baseline = table["step"].get("V-Net", float("nan"))
+    titles = runs.groupby("title", sort=False)
+    table = titles.agg({"step_seconds": "min", "peak_memory_mb": "max", "parameters": "first", "run": "first"})
+    baseline = table["step_seconds"].get("V-Net", float("nan"))
     return pd.DataFrame(
         {
             "Method": table.index,
-            "Seconds a step": table["step"].map("{:.3f}".format).to_list(),
-            "Times V-Net's": (table["step"] / baseline).map(_number).to_list(),
+            "Seconds a step": table["step_seconds"].map("{:.3f}".format).to_list(),
+            "Times V-Net's": (table["step_seconds"] / baseline).map(_number).to_list(),
             "Peak memory (MB)": table["peak_memory_mb"].map("{:.0f}".format).to_list(),
             "Parameters": table["parameters"].map("{:,}".format).to_list(),
             "Volumes through encoders": [str(volumes[run][0]) for run in table["run"]],

@@ -9,6 +9,7 @@ import pytest
 
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import OWN
+from mlrpl.results import step_seconds
 from mlrpl.tables import (
     comparison,
     cost,
@@ -228,18 +229,28 @@ def test_markdown_of_the_whole_comparison(metrics, runs):
 
 
 def test_cost_is_a_row_a_method_beside_v_net(runs):
-    seconds = runs["title"].map({"V-Net": 30.0, "Control (β = 0)": 60.0, "MLRPL": 75.0}) + runs["seed"]
-    runs = runs.assign(iterations=100, seconds=seconds, peak_memory_mb=500 + runs["seed"], parameters=9_448_866)
+    seconds = runs["title"].map({"V-Net": 0.3, "Control (β = 0)": 0.6, "MLRPL": 0.75}) + runs["seed"] / 100
+    runs = runs.assign(step_seconds=seconds, peak_memory_mb=500 + runs["seed"], parameters=9_448_866)
     table = cost(runs, dict.fromkeys(runs["run"], (4, 8))).set_index("Method")
     assert list(table.index) == ["V-Net", "Control (β = 0)", "MLRPL"]
-    # Seeds 0, 0, 1, 2: the median is half a second above the base.
-    assert list(table["Seconds a step"]) == ["0.305", "0.605", "0.755"]
-    assert list(table["Times V-Net's"]) == ["1.00", "1.98", "2.48"]
+    assert list(table["Seconds a step"]) == ["0.300", "0.600", "0.750"]
+    assert list(table["Times V-Net's"]) == ["1.00", "2.00", "2.50"]
     assert set(table["Peak memory (MB)"]) == {"502"}
     assert set(table["Parameters"]) == {"9,448,866"}
     assert set(table["Volumes through decoders"]) == {"8"}
     alone = cost(runs[runs["title"] == "MLRPL"], dict.fromkeys(runs["run"], (4, 8)))
     assert list(alone["Times V-Net's"]) == ["—"]
+
+
+def test_a_step_is_timed_where_nothing_disturbed_it():
+    """Two seconds a step, but for a third of them beside other work, for checks, and for a night of suspension."""
+    steps = np.full(800, 2.0)
+    steps[100:367] = 3.5
+    steps[199::200] += 30
+    steps[500] += 30_000
+    assert step_seconds(pd.Series(steps.cumsum())) == pytest.approx(2)
+    assert step_seconds(pd.Series([0.5])) == 0.5
+    assert step_seconds(pd.Series([1.0, 2.0, 3.0])) == 1
 
 
 def test_latex_is_escaped_and_set_with_rules():
