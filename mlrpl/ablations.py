@@ -108,7 +108,7 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
             ],
             "Dice (%) [95 %]": [ranged(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
             "sd over seeds": rows["sd"].map(lambda sd: "—" if pd.isna(sd) else f"{sd:.2f}"),
-            "Difference [95 %]": [
+            "Difference, seed by seed [95 %]": [
                 ranged(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
             "Seeds": rows["seeds"].astype(str),

@@ -196,7 +196,9 @@ def cost_table(found: Results) -> pd.DataFrame:
 def answers(found: Results) -> str:
     """The paper's two questions, answered in Markdown with this audit's numbers."""
     audit = later_half(found)
-    audit = audit[(audit["class"] == "all") & (audit["distance"] == "all")]
+    audit = audit[audit["distance"] == "all"]
+    foreground = predictors(audit[audit["class"].isin(_foreground(audit)) & (audit["scope"] == "kept")])
+    audit = audit[audit["class"] == "all"]
     chosen = choices(audit).groupby(["scope", "score"])[["coverage", "kept", "dropped"]].mean()
     weighed = predictors(audit).groupby(["scope", "score"])[["auroc", "weight"]].mean()
     wr, matched = chosen.loc[("all", "wr")], chosen.loc[("all", "matched")]
@@ -223,6 +225,12 @@ def answers(found: Results) -> str:
         f"{weighed.loc[('kept', 'prob'), 'auroc']:.3f}, and the best measure is *{ranking.index[0]}* "
         f"with {ranking.iloc[0]:.3f}."
     )
+    if len(foreground):
+        means = foreground.groupby("score")["auroc"].mean()
+        how += (
+            f" Background dominates these: among the kept pseudo-labels of foreground alone, mean over classes, HR's "
+            f"AUROC is {means['mse']:.3f}, the largest probability's {means['prob']:.3f}."
+        )
     if ("disagree", "mse") in weighed.index:
         how += f" Where the decoders disagree, HR's AUROC is {weighed.loc[('disagree', 'mse'), 'auroc']:.3f}."
     return f"{which}\n\n{how}\n\n{described(found)}; the later half of training."
@@ -232,13 +240,16 @@ def answers(found: Results) -> str:
 
 
 def _panels(found: Results) -> list[tuple[str, str, str]]:
-    classes = [name for name in found.audit["class"].unique() if name != "all"]
-    foreground = classes[1:] if len(classes) > 1 else classes
     return [
         ("All voxels", "all", "all"),
         ("Decoders disagree", "disagree", "all"),
-        *((f"Pseudo-label {name}", "all", name) for name in foreground),
+        *((f"Pseudo-label {name}", "all", name) for name in _foreground(found.audit)),
     ]
+
+
+def _foreground(audit: pd.DataFrame) -> list[str]:
+    """Classes but the first, background."""
+    return [name for name in audit["class"].unique() if name != "all"][1:]
 
 
 def _mean_lines(ax: Axes, rows: pd.DataFrame, x: str, y: str, order: Sequence | None = None, **style: object) -> None:

@@ -42,7 +42,7 @@ def dice_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def squared_dice_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Mean over all classes, background too, of 1 − (2Σpy + 1e-5)/(Σp² + Σy² + 1e-5) (UA-MT, URPC, CCT, AC-MT)."""
+    """Mean over all classes, background too, of 1 − (2Σpy + 1e-5)/(Σp² + Σy² + 1e-5); see `ce_dice_loss`."""
     p = probabilities.float()
     y = one_hot(labels, probabilities.shape[1])
     axes = (0, 2, 3, 4)

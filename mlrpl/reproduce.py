@@ -13,6 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mlrpl import ablations, audit_report, statistics, tables
+from mlrpl.config import Run
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.explore import explorable
@@ -52,15 +53,17 @@ COMPARISON = """*Last*: the weights after the final iteration. *Published*: the 
 among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
 seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
 left out of the distances (the published code averages zeros there)."""
-COST = """Seconds are the median, memory the largest of a method's runs, on the device and in the precision of the table
-of runs below; runs side by side slow one another down. Passes without gradient count as volumes too."""
+COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
+of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Device and precision are in the
+table of runs below. Passes without gradient count as volumes too."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
-of the volume that is predicted instead. A large difference says that the averages fail, not the features."""
+of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
+is still missing then, the features lack."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
-pairs the same cases of a method and MLRPL, with Holm's correction over the methods at one number of labelled cases.
-Final weights, decoder 1."""
+pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
+one number of labelled cases. Final weights, decoder 1."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."
 RELIABILITY = "AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."
 REPORTING = (
@@ -77,9 +80,9 @@ REPORTING = (
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
     "label-efficiency": "Final weights, decoder 1; a bar is the standard deviation over seeds, if there are several.",
-    "learning-curves": "Where a collapse would be seen: both decoders agreeing on background shows as a mutual loss "
-    "and a pseudo-labelled foreground that fall together towards zero. Supervised losses are not on one "
-    "scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
+    "learning-curves": "Where a collapse would be seen: the pseudo-labelled foreground leaves the share that is right, "
+    "towards nothing or towards everything, while the labelled batches' Dice goes on rising. Supervised losses are not "
+    "on one scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
     "checks": "The published protocol's checks.",
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction.",
@@ -330,6 +333,7 @@ def _report(place: Workplace, found: Results) -> None:
         "data": {name: place.store.index[name] for name in ("name", "licence", "citation", "fingerprint", "split")},
         "report": environment(),
         "runs": described,
+        "asked": len(_one_a_key(place.jobs)),
     }
     write_json(folder / "provenance.json", provenance)
     _index(place, found, provenance)
@@ -400,7 +404,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     sections = [
         Section(
             "Comparison",
-            text=remarks(len({job.key for job in place.jobs}), everything.runs) + COMPARISON,
+            text=remarks([job.run for job in _one_a_key(place.jobs)], everything.runs) + COMPARISON,
             table=made["comparison"],
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
@@ -437,16 +441,24 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     )
 
 
-def remarks(asked: int, runs: pd.DataFrame) -> str:
+def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
     """What a reader must know of a study's runs before comparing them, in Markdown; empty where there is nothing.
 
     Args:
-        asked: number of runs of the study.
+        asked: runs of the study.
         runs: a row a finished run.
     """
     said = ""
-    if len(runs) < asked:
-        said += f"{len(runs)} of {counted(asked, 'run')} finished. "
+    if len(runs) < len(asked):
+        said += f"{len(runs)} of {counted(len(asked), 'run')} finished. "
+        begun = set(zip(runs["title"], runs["labelled"], strict=True))
+        missing: dict[int, list[str]] = {}
+        for run in asked:
+            if not run.ablation and (run.title, run.labelled) not in begun:
+                missing.setdefault(run.labelled, []).append(run.title)
+        if missing:
+            groups = (f"with {n} labelled {', '.join(dict.fromkeys(titles))}" for n, titles in missing.items())
+            said += f"None yet of these: {'; '.join(groups)}. "
     if dirty := runs["commit"].astype(str).str.endswith(CHANGED).sum():
         said += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
     if runs["precision"].nunique() > 1:
@@ -520,6 +532,10 @@ def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _progress(finished: int, asked: int) -> str:
+    return counted(asked, "run") if finished == asked else f"{finished} of {counted(asked, 'run')}"
+
+
 def write_overview(results: Path) -> None:
     """`results/index.html`: the studies, and whatever else has a page there."""
     entries = []
@@ -530,7 +546,7 @@ def write_overview(results: Path) -> None:
             runs = everything.compared().runs
             methods = "; ".join(dict.fromkeys(runs["title"]))
             counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-            text = f"{methods}; {counts} labelled cases; {counted(len(everything), 'run')}"
+            text = f"{methods}; {counts} labelled cases; {_progress(len(everything), facts['asked'])}"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)

@@ -131,7 +131,7 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = R
             "Method": table["title"],
             f"{heading} [95 %]": [ranged(r["mean"], r["low"], r["high"]) for r in rows],
             "sd over seeds": ["—" if pd.isna(r["sd"]) else f"{r['sd']:.2f}" for r in rows],
-            f"Difference to {reference} [95 %]": [
+            f"Difference to {reference}, seed by seed [95 %]": [
                 ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
             "p": table["p"].map(probability),

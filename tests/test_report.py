@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from nbformat import v4
 
+from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.reproduce import remarks
@@ -309,9 +310,13 @@ def test_provenance_is_folded(index, browser):
 
 
 def test_remarks_tell_what_hinders_a_comparison():
+    asked = list(load_study("smoke").runs())
+    vnet, mlrpl = asked
+    asked += [run.model_copy(update={"labelled": 3}) for run in asked] + [vnet.model_copy(update={"ablation": "a"})]
     runs = pd.DataFrame({"commit": ["abc", "abc+changes", "abc"], "precision": ["float32", "bfloat16", "float32"]})
-    said = remarks(4, runs)
-    assert "3 of 4 runs finished" in said
+    runs = runs.assign(title=[vnet.title, mlrpl.title, vnet.title], labelled=[2, 2, 3])
+    said = remarks(asked, runs)
+    assert "3 of 5 runs finished. None yet of these: with 3 labelled MLRPL. " in said
     assert "1 run made with uncommitted changes" in said
     assert "different precisions** (2 in float32, 1 in bfloat16)" in said
-    assert remarks(2, runs.iloc[[0, 2]]) == ""
+    assert remarks([vnet, asked[2]], runs.iloc[[0, 2]]) == ""

@@ -117,7 +117,7 @@ class SSNet(Method):
         return sum(losses) / self.num_classes
 
     def smoothness(self, image: Tensor) -> Tensor:
-        """L_smooth, a scalar; BatchNorm's running statistics see the clean pass alone."""
+        """L_smooth, a scalar; of its passes only the clean one moves BatchNorm's running statistics (a second time)."""
         with torch.no_grad():
             target = self.network(image)[0][0].float().softmax(1)
 
