@@ -546,7 +546,8 @@ def write_overview(results: Path) -> None:
             runs = everything.compared().runs
             methods = "; ".join(dict.fromkeys(runs["title"]))
             counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-            text = f"{methods}; {counts} labelled cases; {_progress(len(everything), facts.get('asked', len(everything)))}"
+            finished = len(everything)
+            text = f"{methods}; {counts} labelled cases; {_progress(finished, facts.get('asked', finished))}"
         entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
     lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
     write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)
