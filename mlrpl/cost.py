@@ -125,6 +125,8 @@ def _window_seconds(
 ) -> float:
     settings = method.settings
     windows = math.prod(map(len, window_starts(case.image.shape[1:], settings.patch, settings.stride)))
+    if device.type == "cuda":  # cuDNN tries its algorithms at the first batch of each size
+        predict_case(method, case, outputs, device, precision)
     return seconds(lambda: predict_case(method, case, outputs, device, precision), device) / windows
 
 

@@ -7,7 +7,8 @@ and backward, in float32 and in the chosen precision.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,17 @@ class Precision:
     def reduced(self) -> bool:
         """Whether autocast is on."""
         return self.name != "float32"
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """float32 that is float32: no TF32 on a GPU within."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def fastest(device: torch.device) -> str:
@@ -103,8 +115,9 @@ def worst_layer(
             continue
         seen.add(kind)
         image = torch.randn(shape, device=device).to(memory_format=torch.channels_last_3d)
-        exact = _layer(module, image, torch.float32)
-        for ours, reference in zip(_layer(module, image, dtype), exact, strict=True):
+        with exact():
+            expected = _layer(module, image, torch.float32)
+        for ours, reference in zip(_layer(module, image, dtype), expected, strict=True):
             error = ((ours - reference).norm() / reference.norm()).item()
             error = error if error == error else float("inf")  # NaN
             if error > worst:

@@ -336,6 +336,8 @@ class Trainer:
             self.precision = choose_precision(
                 requested, self.method.network, self.run.settings.patch, volumes, self.device
             )
+        if not self.precision.reduced:
+            torch.backends.cudnn.allow_tf32 = False  # which PyTorch would take for a GPU's convolutions
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
         if path.exists():
             self.scaler.load_state_dict(state["scaler"])

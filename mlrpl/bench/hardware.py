@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -106,7 +107,9 @@ def timeline(step: Callable[[], object], device: torch.device, path: Path) -> li
         kept = {"traceEvents": trace["traceEvents"], "displayTimeUnit": trace.get("displayTimeUnit", "ms")}
         partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
     field = "self_device_time_total" if gpu else "self_cpu_time_total"
-    events = profiler.key_averages()
+    # A GPU's time is told twice: of each kernel, and of the operation that launched it.
+    kernels = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    events = kernels if gpu else profiler.key_averages()
     total = math.fsum(getattr(e, field) for e in events) or 1
     top = sorted(events, key=lambda e: -getattr(e, field))[:15]
     return [

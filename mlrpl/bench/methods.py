@@ -91,6 +91,10 @@ def measure(name: str, size: Size, device: torch.device, repeats: int) -> dict[s
             step, facts = _plain_step(current, device)
         else:
             step, facts = method_step(name, current, device)
+        if device.type == "cuda":  # the precision's check and cuDNN's search take memory that no step takes
+            step()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         facts["seconds"] = min(seconds(step, device) for _ in range(times))
     return {**facts, "peak_memory_mb": peak_memory_mb(device)}
 
@@ -121,6 +125,8 @@ def method_step(
 
 
 def _plain_step(size: Size, device: torch.device) -> tuple[Callable[[], object], dict[str, Any]]:
+    if device.type == "cuda":  # on a CPU `tune` would keep freed memory, which is not plain
+        tune(device)
     network = yardstick().PlainVNet(1, size.classes, size.filters, size.upsamplings).to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     batch = to_device(make_batch(make_method("mlrpl", replace(size, filters=1), device), size), device)

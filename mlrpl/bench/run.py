@@ -35,7 +35,8 @@ def main_works(quick: bool, device: torch.device) -> Iterator[tuple[int, Callabl
     yield repeats, lambda: sliding_windows(size, volume, stride, device, window)
     if importlib.util.find_spec("monai"):
         yield repeats, lambda: iter([library_window(size, volume, stride, device)])
-    yield repeats + 1, lambda: metrics(mask, cases, metric)
+    if device.type == "cpu":  # distances are measured on the processor, wherever the network is
+        yield repeats + 1, lambda: metrics(mask, cases, metric)
 
 
 def bench(
@@ -64,6 +65,14 @@ def bench(
     folder = Path(results) / ("bench" if place.type == "cpu" else f"bench-{place.type}")
     size = QUICK if quick else LA
 
+    tables: dict[str, pd.DataFrame] = {}
+
+    def keep(name: str, rows: list[dict[str, Any]] | pd.DataFrame) -> None:
+        """Written at once: a measurement that is cut off later keeps what it has."""
+        tables[name] = pd.DataFrame(rows)
+        with atomic(folder / f"{name}.csv") as partial:
+            tables[name].to_csv(partial, index=False, float_format="%.6g")
+
     # First, since this process will keep what memory it takes from then on.
     spent = []
     for cost in costs(size, str(place), 1 if place.type == "cpu" else 10):
@@ -71,19 +80,22 @@ def bench(
         told = cost["note"] or f"{cost['seconds']:.3g} s, {cost['peak_memory_mb']} MB"
         say(f"step of {cost['method']}, {size.setting}: {told}")
     methods = _compared(pd.DataFrame(spent))
+    keep("methods", methods)
 
     tune(place)
     rows: list[dict[str, Any]] = []
     for repeats, works in main_works(quick, place):
         for work in works():
             rows.append(_said(compare(work, repeats, place, machine["precision"]), say))
+            keep("bench", rows)
+    rows.append(_memory_row(methods, size, None if quick else MEMORY_GOAL))
+    keep("bench", rows)
 
     grown: list[dict[str, Any]] = []
     for what, value, work in growth(QUICK if quick else Size(), quick, place):
         row = compare(work, 2 if quick else 3, place, machine["precision"])
         grown.append({"grows": what, "value": value, **_said(row, say)})
-
-    rows.append(_memory_row(methods, size, None if quick else MEMORY_GOAL))
+        keep("growth", grown)
 
     work = training_step(size, place)
     took = min(row["ours_s"] for row in rows if row["work"] == work.name)
@@ -91,17 +103,8 @@ def bench(
     speed: dict[str, Any] = {"ceiling": hardware.ceilings(place, quick), "step": hardware.achieved(work.ours, took)}
     if place.type == "cuda":
         speed["compiled"] = compiled_step(size, place, 10)
-    profile = hardware.timeline(work.ours, place, folder / "step-trace.json.gz")
+    keep("profile", hardware.timeline(work.ours, place, folder / "step-trace.json.gz"))
 
-    tables = {
-        "bench": pd.DataFrame(rows),
-        "growth": pd.DataFrame(grown),
-        "methods": methods,
-        "profile": pd.DataFrame(profile),
-    }
-    for name, table in tables.items():
-        with atomic(folder / f"{name}.csv") as partial:
-            table.to_csv(partial, index=False, float_format="%.6g")
     provenance = {
         "title": "Speed" if place.type == "cpu" else "Speed on a GPU",
         "summary": f"the package beside its plain formulation; {machine['device']}",

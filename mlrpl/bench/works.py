@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -24,7 +23,7 @@ from mlrpl.evaluation import predict_case, predicting, test_dice
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
-from mlrpl.precision import Precision, choose_precision
+from mlrpl.precision import Precision, choose_precision, exact
 from mlrpl.reliability import mutual_loss
 from mlrpl.training import make_optimizer, optimise, seed_iteration, stage, to_device
 
@@ -165,17 +164,6 @@ def exact_gradients(pair: Pair) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: no TF32 on a GPU within."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def training_step(size: Size, device: torch.device, goal: float | None = None) -> Work:
     """One iteration of MLRPL: from the batch in main memory to the moved weights."""
     pair = Pair(size, device)
@@ -200,7 +188,7 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
 
     def difference() -> float:
         gradients = exact_gradients(pair)
-        with exact(device):
+        with exact():
             terms, expected = ours(FLOAT32, still), plain()
         losses = [abs(terms[name].item() - value) / max(abs(value), 1e-12) for name, value in expected.items()]
         return max(*losses, relative(*gradients))
@@ -234,7 +222,7 @@ def mutual_losses(size: Size, device: torch.device, goal: float | None = None) -
 
     def difference() -> float:
         inputs = prepared(torch.channels_last_3d, torch.float32)
-        with exact(device):
+        with exact():
             losses = run(mutual_loss, *inputs), run(yardstick().mutual_loss, *plain)
         gradients = [torch.stack([leaf.grad for leaf in leaves]) for leaves in (inputs[0], plain[0])]
         return max(relative(*losses), relative(*gradients))
@@ -282,7 +270,7 @@ def sliding_windows(
     for name, outputs in {"one decoder": ("decoder1",), "both decoders": ("decoder1", "mean")}.items():
 
         def difference(outputs: Sequence[str] = outputs) -> float:
-            with exact(device):
+            with exact():
                 found, expected = ours(outputs, FLOAT32), plain()
             return max(relative(f, torch.from_numpy(e)) for f, e in zip(found, expected, strict=False))
 
@@ -312,7 +300,7 @@ def library_window(size: Size, volume: Sequence[int], stride: Sequence[int], dev
             return benchmark("library").sliding_window(predict, image.to(device), size.patch, stride)
 
     def difference() -> float:
-        with exact(device):
+        with exact():
             return relative(ours(FLOAT32), theirs(FLOAT32))
 
     setting = f"{sides(volume)}, windows at {sides(stride)}"
@@ -361,7 +349,7 @@ def published_check(size: Size, volume: Sequence[int], cases: int, device: torch
         return float(np.mean(dice))
 
     def difference() -> float:
-        with exact(device):
+        with exact():
             return abs(test_dice(pair.method, stored, device, FLOAT32) - plain())
 
     return Work(
