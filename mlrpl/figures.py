@@ -71,7 +71,7 @@ METHOD_COLOURS = {
     "SS-Net": "#CC79A7",
     "AC-MT": "#E69F00",
 }
-SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B"]  # for variants beside all methods
+SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B", "#AA4466", "#6A7B8C", "#117733"]  # for variants beside all methods
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 SPLIT_COLOURS = {"train": "#0072B2", "val": "#009E73", "test": "#D55E00"}
 STEPS = [1, 2, 4, 5, 10]  # between ticks
