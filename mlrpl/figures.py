@@ -7,6 +7,7 @@ that they can be drawn anywhere, in any number; :func:`save` writes them.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -71,7 +72,8 @@ METHOD_COLOURS = {
     "SS-Net": "#CC79A7",
     "AC-MT": "#E69F00",
 }
-SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B", "#AA4466", "#6A7B8C", "#117733"]  # for variants beside all methods
+# For variants beside all methods.
+SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B", "#AA4466", "#6A7B8C", "#117733"]
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 SPLIT_COLOURS = {"train": "#0072B2", "val": "#009E73", "test": "#D55E00"}
 STEPS = [1, 2, 4, 5, 10]  # between ticks
@@ -223,7 +225,7 @@ def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
             ax.set_ylim(bottom=0)
         axes[0].set_ylabel(f"{labelled} labelled", fontweight="bold")
-    add_legend(figure, _line_handles(rows))
+    add_legend(figure, _line_handles(_once(rows)))
     return figure
 
 
@@ -256,7 +258,7 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
         Line2D([], [], linestyle="", marker="*", markersize=8, color="0.3", label="best check (published)"),
         Line2D([], [], linestyle="", marker="o", markersize=4, color="0.3", label="final weights (last)"),
     ]
-    add_legend(figure, _line_handles(rows) + marks)
+    add_legend(figure, _line_handles(_once(rows)) + marks)
     return figure
 
 
@@ -299,32 +301,33 @@ def distributions(
 def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None:
     """Dice of final weights, decoder 1, over the number of labelled cases: a line a method, its mean over cases.
 
-    Bars: standard deviation over seeds, where there are several. A method alone at its number is a dashed level.
-    None where all others have the same number.
+    Bars: standard deviation over seeds, where there are several. A method alone at its number is a dashed level; one
+    that was trained at a single number among others has no line, and is left out. None where no method has a line.
     """
     rows = panels(runs)
-    if len(rows) < 2:
+    levels = [labelled for labelled, _ in rows]
+    drawn = Counter(one.name for _, group in rows for one in group)
+    series = [one for one in _once(rows) if one.line != "-" or drawn[one.name] > 1]
+    solid = [one for one in series if one.line == "-"]
+    if not solid:
         return None
     table = comparison(metrics, runs).query("selection == 'last' and output == 'decoder1'")
     table = table.set_index(["title", "labelled"])
-    levels = [labelled for labelled, _ in rows]
-    series = {one.name: one for _, group in rows for one in group}
     figure = NotebookFigure(figsize=(0.75 * WIDTH, 2.8), layout="constrained")
     ax = figure.subplots()
-    solid = [one for one in series.values() if one.line == "-"]
     dodge = np.linspace(-0.2, 0.2, len(solid)) if len(solid) > 1 else [0.0]
     for one, shift in zip(solid, dodge, strict=True):
         mine = table.loc[one.title].reindex(levels).dropna(subset="dice")
         places = [levels.index(labelled) + shift for labelled in mine.index]
         style = {"color": one.colour, "markersize": 4, "linewidth": 1, "elinewidth": 0.7}
         ax.errorbar(places, mine["dice"], mine["dice_sd"].fillna(0), marker="o", **style)
-    for one in series.values():
+    for one in series:
         if one.line != "-":
             ax.axhline(table.loc[(one.title, one.labelled), "dice"], color=one.colour, linestyle=one.line, linewidth=1)
     ax.set_xticks(range(len(levels)), levels)
     ax.set(xlim=(-0.5, len(levels) - 0.5), xlabel="labelled cases", ylabel="Dice of test cases (%)")
     ax.grid(False, axis="x")
-    figure.legend(handles=_line_handles(rows), loc="outside right center")
+    figure.legend(handles=_line_handles(series), loc="outside right center")
     return figure
 
 
@@ -618,9 +621,13 @@ def _class_handles(classes: Sequence[str]) -> list[Line2D]:
     return [Line2D([], [], color=class_colour(index), label=name) for index, name in enumerate(classes) if index]
 
 
-def _line_handles(rows: Sequence[tuple[int, list[Series]]]) -> list[Line2D]:
-    series = {one.name: one for _, group in rows for one in group}
-    return [Line2D([], [], color=one.colour, linestyle=one.line, label=one.name) for one in series.values()]
+def _once(rows: Sequence[tuple[int, list[Series]]]) -> list[Series]:
+    """Every name's series once, however many panels show it."""
+    return list({one.name: one for _, group in rows for one in group}.values())
+
+
+def _line_handles(series: Iterable[Series]) -> list[Line2D]:
+    return [Line2D([], [], color=one.colour, linestyle=one.line, label=one.name) for one in series]
 
 
 def write_fitted(write: Callable[..., Any], text: str, room: float) -> None:
