@@ -16,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from ruff import find_ruff_bin
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -97,6 +98,12 @@ def test_everything_imported_is_a_declared_dependency(folder):
         if not declared & {canonicalize_name(provider) for provider in providers.get(name, [])}
     }
     assert undeclared == set()
+
+
+@pytest.mark.parametrize("check", [["check"], ["format", "--check"]])
+def test_code_is_as_ruff_wants_it(check):
+    done = subprocess.run([find_ruff_bin(), *check, "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_notebooks_are_kept_without_outputs():
