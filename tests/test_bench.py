@@ -127,6 +127,8 @@ def test_the_command_writes_tables_figures_and_page(tmp_path, one_of_each):
     methods = pd.read_csv(tmp_path / "bench" / "methods.csv").set_index("method")
     assert methods.loc["vnet", "ratio_to_vnet"] == 1
     assert set(methods.index) - {"plain"} <= set(METHODS)
+    alone = rows.set_index("work").loc["training step, a process each"]
+    assert alone["ratio"] == pytest.approx(methods.loc["plain", "seconds"] / methods.loc["mlrpl", "seconds"], rel=1e-4)
     text = page.read_text()
     assert "precision: " in text
     assert str(tmp_path) not in text

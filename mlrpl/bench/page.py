@@ -39,9 +39,11 @@ LEAD = """The package beside the plain formulation, `benchmarks/plain.py`: float
 the samples in the loss, one window at a time through all decoders, MedPy on whole volumes. Both ran alternately in one
 process on the same weights and data. Results are compared in float32, a step's gradients in double precision."""
 MAIN = """Medians of alternate repeats, lowest and highest in brackets; the ratio is the median of the pairs' ratios.
-A goal set for hardware with bf16 instructions is *not applicable* without them. The last row compares gigabytes, not
-seconds. *Differ by*: the largest relative difference of the results; in voxels, metrics must be
-equal to the last bit."""
+A goal set for hardware with bf16 instructions is *not applicable* without them. *Differ by*: the largest relative
+difference of the results; in voxels, metrics must be equal to the last bit. In one process, on a CPU, the plain
+formulation runs with the package's memory settings (freed memory is kept); the last two rows tell what a step takes
+where each has a process of its own, the plain one with the system's settings: the fastest of the repeats, and peak
+memory, in gigabytes."""
 COSTS = """One training step of each method, a process each, so that peak memory (of the whole process on a CPU, of
 PyTorch's allocations on a GPU) is its own. *Volumes* counts those that went through an encoder, teachers' and perturbed
 passes included: a batch has four."""

@@ -74,8 +74,8 @@ def bench(
             tables[name].to_csv(partial, index=False, float_format="%.6g")
 
     # First, since this process will keep what memory it takes from then on.
-    spent = []
-    for cost in costs(size, str(place), 1 if place.type == "cpu" else 10):
+    spent, alone = [], 3 if place.type == "cpu" else 10
+    for cost in costs(size, str(place), alone):
         spent.append(cost)
         told = cost["note"] or f"{cost['seconds']:.3g} s, {cost['peak_memory_mb']} MB"
         say(f"step of {cost['method']}, {size.setting}: {told}")
@@ -88,7 +88,7 @@ def bench(
         for work in works():
             rows.append(_said(compare(work, repeats, place, machine["precision"]), say))
             keep("bench", rows)
-    rows.append(_memory_row(methods, size, None if quick else MEMORY_GOAL))
+    rows += _rows_as_run(methods, size, alone, None if quick else MEMORY_GOAL)
     keep("bench", rows)
 
     grown: list[dict[str, Any]] = []
@@ -137,18 +137,28 @@ def _compared(methods: pd.DataFrame) -> pd.DataFrame:
     return methods
 
 
-def _memory_row(methods: pd.DataFrame, size: Size, goal: float | None) -> dict[str, Any]:
-    """Peak memory as a row of bench.csv: seconds are gigabytes there, and the setting says so."""
-    peak = methods.set_index("method")["peak_memory_mb"] / 1000
-    ratio = peak[PLAIN] / peak["mlrpl"]
-    return {
-        "work": "peak memory of a step (GB)",
-        "setting": size.setting,
-        "ours_s": peak["mlrpl"],
-        "plain_s": peak[PLAIN],
-        "ratio": ratio,
-        "goal": goal,
-        "verdict": verdict(ratio, goal, False, "") if ratio == ratio else "not measured",
-        "equal": True,
-        "repeats": 1,
-    }
+def _rows_as_run(methods: pd.DataFrame, size: Size, repeats: int, goal: float | None) -> list[dict[str, Any]]:
+    """What a step takes in a process of its own, as rows of bench.csv: seconds, and peak memory.
+
+    Of memory, the columns of seconds hold gigabytes, and the row's name says so.
+    """
+    costs = methods.set_index("method")
+
+    def row(work: str, spent: pd.Series, repeats: int, goal: float | None) -> dict[str, Any]:
+        ratio = spent[PLAIN] / spent["mlrpl"]
+        return {
+            "work": work,
+            "setting": size.setting,
+            "ours_s": spent["mlrpl"],
+            "plain_s": spent[PLAIN],
+            "ratio": ratio,
+            "goal": goal,
+            "verdict": verdict(ratio, goal, False, "") if ratio == ratio else "not measured",
+            "equal": True,
+            "repeats": repeats,
+        }
+
+    return [
+        row("training step, a process each", costs["seconds"], repeats, None),
+        row("peak memory of a step (GB)", costs["peak_memory_mb"] / 1000, 1, goal),
+    ]
