@@ -80,6 +80,12 @@ STEPS = [1, 2, 4, 5, 10]  # between ticks
 MOST_COLUMNS = 6  # of methods in a row of contours
 COLOURS = 256  # of a PNG
 POINTS = 150  # drawn per curve: more cannot be seen, and files would grow large
+CURVES = {  # of a run's log: title and scale
+    "supervised": ("Supervised loss", 1),
+    "mutual": ("Mutual loss", 1),
+    "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
+    "dice": ("Dice of training\nbatch (%)", 100),
+}
 
 P = ParamSpec("P")
 
@@ -196,19 +202,20 @@ def panels(runs: pd.DataFrame) -> list[tuple[int, list[Series]]]:
     return [(labelled, group + references) for labelled, group in compared.items()]
 
 
+def smoothed(curve: pd.Series) -> pd.Series:
+    """Running mean over a fortieth of the curve, thinned out to what can be seen."""
+    smooth = curve.rolling(max(1, len(curve) // 40), min_periods=1, center=True).mean()
+    kept = np.unique(np.linspace(0, len(curve) - 1, POINTS).round().astype(int))
+    return smooth.iloc[kept]
+
+
 @styled
 def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Losses, pseudo-labelled foreground and batch Dice over iterations; a row a number of labelled cases.
 
     Running means over a fortieth of the run; several seeds are thin, their mean bold. What no run has is left out.
     """
-    quantities = {
-        "supervised": ("Supervised loss", 1),
-        "mutual": ("Mutual loss", 1),
-        "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
-        "dice": ("Dice of training\nbatch (%)", 100),
-    }
-    quantities = {name: q for name, q in quantities.items() if curves[name].notna().any()}
+    quantities = {name: curve for name, curve in CURVES.items() if curves[name].notna().any()}
     rows = panels(runs)
     figure = NotebookFigure(figsize=(WIDTH, 0.8 + 1.5 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(quantities), squeeze=False, sharex=True, sharey="col")
@@ -216,7 +223,7 @@ def learning_curves(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     for axes, (labelled, group) in zip(grid, rows, strict=True):
         for ax, (name, (title, scale)) in zip(axes, quantities.items(), strict=True):
             for series in group:
-                seeds = [_smooth(by_run[run][name]) * scale for run in series.runs if run in by_run]
+                seeds = [smoothed(by_run[run][name]) * scale for run in series.runs if run in by_run]
                 _seeds_and_mean(ax, [seed for seed in seeds if seed.notna().any()], series)
             if ax in grid[0]:
                 ax.set_title(title)
@@ -507,13 +514,6 @@ def label_volumes(store: Store) -> Figure:
         ax.grid(False, axis="y")
     add_legend(figure, _dots_and_box_handles())
     return figure
-
-
-def _smooth(curve: pd.Series) -> pd.Series:
-    """Running mean over a fortieth of the curve, thinned out to what can be seen."""
-    smooth = curve.rolling(max(1, len(curve) // 40), min_periods=1, center=True).mean()
-    kept = np.unique(np.linspace(0, len(curve) - 1, POINTS).round().astype(int))
-    return smooth.iloc[kept]
 
 
 def _density(values: np.ndarray, bins: np.ndarray) -> np.ndarray:

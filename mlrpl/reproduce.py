@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mlrpl import ablations, audit_report, statistics, tables
+from mlrpl import ablations, audit_report, precision_report, statistics, tables
 from mlrpl.config import Run
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
@@ -61,6 +61,9 @@ unlabelled volumes included; prediction by their running averages, as published.
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
 is still missing then, the features lack."""
 OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
+PRECISION = """Runs that differ in nothing but precision and seed. Rounding alone makes runs of one seed part ways, so
+curves are compared with the range of float32's seeds: the share of training that reduced precision's mean over seeds,
+and its single runs, spend within it, and what single runs would if precision made no difference."""
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
 one number of labelled cases. Final weights, decoder 1."""
@@ -71,6 +74,7 @@ REPORTING = (
     "audit_report",
     "explore",
     "figures",
+    "precision_report",
     "report",
     "reproduce",
     "results",
@@ -84,6 +88,7 @@ CAPTIONS = {
     "towards nothing or towards everything, while the labelled batches' Dice goes on rising. Supervised losses are not "
     "on one scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
     "checks": "The published protocol's checks.",
+    "precision": "Running means over a fortieth of training; bold is the mean over seeds, the band float32's range.",
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction.",
     "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
@@ -418,6 +423,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         *_normalisation_section(made["normalisation"]),
         *_ablation_section(place),
         *_reliability_section(place, everything),
+        *_precision_section(folder, made.get("precision")),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
         Section("Cost of a training step", COST, made["cost"]),
         Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
@@ -470,6 +476,12 @@ def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
 
 def _normalisation_section(table: pd.DataFrame) -> list[Section]:
     return [Section("What BatchNorm's running statistics cost", NORMALISATION, table)] if len(table) else []
+
+
+def _precision_section(folder: Path, table: pd.DataFrame | None) -> list[Section]:
+    if table is None:
+        return []
+    return [Section("Does reduced precision train alike", PRECISION, table, figures=_pictures(folder, "precision"))]
 
 
 def _ablation_section(place: Workplace) -> list[Section]:
@@ -560,12 +572,14 @@ def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFram
     """The tables of 04-compare as text, by the names of their files; the last needs the case store."""
     paper = [figure.model_dump() for figure in place.study.paper]
     rows = found.metrics, found.runs
+    pairs = precision_report.pairs(place.study.runs(), found.runs)
     return {
         "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
         "statistics": statistics.formatted(statistics.summary(*rows)),
         "optimism": tables.formatted_optimism(*rows),
         "normalisation": tables.formatted_normalisation(*rows),
         **({"cost": cost_table(place, found)} if place.at_hand else {}),
+        **({"precision": precision_report.table(found.curves, pairs)} if pairs else {}),
     }
 
 
