@@ -160,6 +160,7 @@ class Ablation(Model):
         paper_on: the data of the paper's figures.
         labelled: numbers of labelled cases.
         seeds: instead of the study's.
+        settings: instead of the study's, of all variants, the reference too.
         variants: in the order of tables and figures.
     """
 
@@ -170,6 +171,7 @@ class Ablation(Model):
     paper_on: str = ""
     labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
     seeds: Seeds | None = None
+    settings: dict[str, Any] = {}
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
 
     @field_validator("labelled", "seeds", mode="before")
@@ -196,7 +198,7 @@ class Ablation(Model):
                 title=f"{self.title}: {v.title}",
                 labelled=self.labelled,
                 seeds=self.seeds,
-                settings=v.settings,
+                settings={**self.settings, **v.settings},
                 options=v.options,
             )
 

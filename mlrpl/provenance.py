@@ -57,8 +57,13 @@ def _cpu_flags() -> set[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or "CPU: …"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {processor()}"
+    """The GPU's name, or the CPU's with the widest vector instructions that PyTorch uses: "CPU: … (AVX2)".
+
+    One model name stands for processors with different instructions, which differ in speed and in a result's last bits.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU: {processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def environment() -> dict[str, Any]:

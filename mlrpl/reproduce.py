@@ -54,8 +54,9 @@ among regular checks, as the literature reports it, so it is optimistic. Mean ov
 seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
 left out of the distances (the published code averages zeros there)."""
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
-of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Device and precision are in the
-table of runs below. Passes without gradient count as volumes too."""
+of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Only steps of one machine compare,
+and one name may stand for several: *Speed* has all methods side by side on one. Passes without gradient count as volumes
+too."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what

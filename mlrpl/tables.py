@@ -222,19 +222,21 @@ def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], output: pd
 def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
     """What a method's training step costs, in text: a row a title.
 
+    No ratios: runs of one study may come from several machines. `mlrpl bench` times all methods side by side.
+
     Args:
         runs: A row a run, with ``step_seconds`` (:func:`mlrpl.results.step_seconds`; the shortest of several runs is
-            the least disturbed), ``peak_memory_mb`` and ``parameters``.
+            the least disturbed), ``device``, ``peak_memory_mb`` and ``parameters``.
         volumes: By run, see :func:`mlrpl.methods.volumes_a_step`.
     """
     titles = runs.groupby("title", sort=False)
     table = titles.agg({"step_seconds": "min", "peak_memory_mb": "max", "parameters": "first", "run": "first"})
-    baseline = table["step_seconds"].get("V-Net", float("nan"))
+    fastest = runs.sort_values("step_seconds").drop_duplicates("title").set_index("title")
     return pd.DataFrame(
         {
             "Method": table.index,
             "Seconds a step": table["step_seconds"].map("{:.3f}".format).to_list(),
-            "Times V-Net's": (table["step_seconds"] / baseline).map(_number).to_list(),
+            "Measured on": fastest["device"][table.index].to_list(),
             "Peak memory (MB)": table["peak_memory_mb"].map("{:.0f}".format).to_list(),
             "Parameters": table["parameters"].map("{:,}".format).to_list(),
             "Volumes through encoders": [str(volumes[run][0]) for run in table["run"]],

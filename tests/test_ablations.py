@@ -63,6 +63,20 @@ def test_runs_of_ablations_come_after_the_studys_own_of_a_seed(study):
     assert [run.ablation for run in study.runs()] == ["", *["parts"] * 3, *["tau"] * 2, "", *["parts"] * 3]
 
 
+def test_settings_of_an_ablation_are_all_its_variants(tmp_path):
+    line = "  - {variant: instance, method: mlrpl, title: I, labelled: 4, settings: {normalisation: instance}}\n"
+    text = STUDY.replace("ablations:\n", line + "ablations:\n")
+    text = text.replace("    axis: Loss\n", "    axis: Loss\n    settings: {normalisation: instance, filters: 4}\n")
+    text = text.replace("title: + HR, options: {selection: all}", "title: narrow, settings: {filters: 2}")
+    text = text.replace("settings: {normalisation: instance}}", "settings: {normalisation: instance, filters: 4}}")
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    runs = {run.name: run for run in load_study(str(tmp_path / "s.yaml")).runs()}
+    parts = [runs[f"parts-{name}-4-s0"].settings for name in ("none", "hr", "both")]
+    assert [(of.normalisation, of.filters) for of in parts] == [("instance", 4), ("instance", 2), ("instance", 4)]
+    assert runs["tau-wr-4-s0"].settings.normalisation == "batch"
+    assert key(runs["instance-4-s0"]) == key(runs["parts-both-4-s0"]) != key(runs["mlrpl-4-s0"])
+
+
 @pytest.mark.parametrize("options", ["{}", "{selection: all}"])
 def test_an_ablation_has_one_reference(tmp_path, options):
     text = STUDY.replace("title: both, paper", f"title: both, options: {options}, paper")
