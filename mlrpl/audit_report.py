@@ -5,7 +5,8 @@ are in percent. Numbers are computed run by run, then averaged over the seeds. T
 half of training, when there is something to choose from; the figures show all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.errors import StudyError
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, save, styled
 from mlrpl.results import Results
 from mlrpl.words import counted
 
@@ -37,9 +38,11 @@ MARKERS = {
 DIAGRAM = ("mse", "prob")  # of the reliability diagram: the paper's weight beside the plain probability
 
 
-def subject(found: Results) -> Results:
-    """What the figures are about: the audited runs of MLRPL (where there is none, of the first audited method) with the
-    fewest labels.
+def subjects(found: Results) -> dict[str, Results]:
+    """What tables and figures are about: of each audited variant the runs of one number of labelled cases.
+
+    Returns:
+        In the study's order, by what their figures' file names end in: "" for the first, then "-<variant>-<labelled>".
 
     Raises:
         StudyError: where no run was audited.
@@ -47,9 +50,29 @@ def subject(found: Results) -> Results:
     if not len(found.audit):
         raise StudyError("no run of this study was audited: add `audit: {every: 20}` to it and train anew")
     runs = found.runs[found.runs["run"].isin(found.audit["run"])]
-    variant = "mlrpl" if (runs["variant"] == "mlrpl").any() else runs["variant"].iloc[0]
-    runs = runs[runs["variant"] == variant]
-    return found.only(runs[runs["labelled"] == runs["labelled"].min()])
+    groups = runs.groupby(["variant", "labelled"], sort=False)
+    return {
+        f"-{variant}-{labelled}" if n else "": found.only(mine) for n, ((variant, labelled), mine) in enumerate(groups)
+    }
+
+
+def together(table: Callable[[Results], pd.DataFrame], subjects: Mapping[str, Results]) -> pd.DataFrame:
+    """One of the tables below of all subjects, which a first column tells apart where there are several."""
+    tables = [table(found) for found in subjects.values()]
+    if len(tables) > 1:
+        for made, found in zip(tables, subjects.values(), strict=True):
+            made.insert(0, "Audited", described(found))
+    return pd.concat(tables, ignore_index=True)
+
+
+def drawn(
+    figure: Callable[[Results], Figure], subjects: Mapping[str, Results], folder: Path, name: str
+) -> Iterator[tuple[str, Figure]]:
+    """One of the figures below for each subject, saved as `name` and the subject's ending, with its heading."""
+    for ending, found in subjects.items():
+        made = figure(found)
+        save(made, folder, name + ending)
+        yield f"**{described(found)}**", made
 
 
 def described(found: Results) -> str:
@@ -233,7 +256,7 @@ def answers(found: Results) -> str:
         )
     if ("disagree", "mse") in weighed.index:
         how += f" Where the decoders disagree, HR's AUROC is {weighed.loc[('disagree', 'mse'), 'auroc']:.3f}."
-    return f"{which}\n\n{how}\n\n{described(found)}; the later half of training."
+    return f"{described(found)}; the later half of training.\n\n{which}\n\n{how}"
 
 
 # Figures

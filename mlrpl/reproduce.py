@@ -55,8 +55,8 @@ seeds where there are several. A distance is undefined where a method finds noth
 left out of the distances (the published code averages zeros there)."""
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
 of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Only steps of one machine compare,
-and one name may stand for several: *Speed* has all methods side by side on one. Passes without gradient count as volumes
-too."""
+and one name may stand for several: the page *Speed* has all methods side by side. Passes without gradient count as
+volumes too."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
@@ -497,15 +497,16 @@ def _ablation_section(place: Workplace) -> list[Section]:
 def _reliability_section(place: Workplace, found: Results) -> list[Section]:
     if not len(found.audit):
         return []
-    subject = audit_report.subject(found)
-    pictures = _pictures(place.results, *(name for name in CAPTIONS if name.startswith("reliability-")))
+    subjects = audit_report.subjects(found)
+    names = [name for name in CAPTIONS if name.startswith("reliability-")]
+    first = f" Pictures: {audit_report.described(subjects[''])}; the others are on the page *Reliability*."
     return [
         Section(
             "Reliability of the pseudo-labels",
-            audit_report.answers(subject),
-            audit_report.predictor_table(subject),
-            RELIABILITY,
-            figures=pictures,
+            "\n\n".join(audit_report.answers(subject) for subject in subjects.values()),
+            audit_report.together(audit_report.predictor_table, subjects),
+            RELIABILITY + (first if len(subjects) > 1 else ""),
+            figures=_pictures(place.results, *names),
         )
     ]
 

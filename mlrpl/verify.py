@@ -74,9 +74,9 @@ def _made(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
     for ablation in shown.ablations:
         made[f"ablation-{ablation.name}"] = ablations.formatted(ablations.table(shown.found, ablation), ablation)
     if len(found.audit):
-        subject = audit_report.subject(found)
-        made["reliability-which"] = audit_report.choice_table(subject)
-        made["reliability-how"] = audit_report.predictor_table(subject)
+        subjects = audit_report.subjects(found)
+        made["reliability-which"] = audit_report.together(audit_report.choice_table, subjects)
+        made["reliability-how"] = audit_report.together(audit_report.predictor_table, subjects)
     return made
 
 

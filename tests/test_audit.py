@@ -8,12 +8,13 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from mlrpl import training
+from mlrpl import audit_report, training
 from mlrpl.audit import COLUMNS, DISTANCE_NAMES, MEASURES, RULES, auroc, boundary_distance, count_pairs, rows
 from mlrpl.config import Dataset, Run, Settings, load_study
 from mlrpl.data import Batches, Case, Store, prepare
 from mlrpl.errors import StudyError
 from mlrpl.reliability import select, weigh
+from mlrpl.results import Results
 from mlrpl.study import Workplace
 from mlrpl.training import Trainer, hidden_labels, load, make_batches, make_method
 
@@ -256,6 +257,50 @@ def test_killed_and_resumed_the_audit_has_each_row_once(store, audited, tmp_path
 def test_the_key_does_not_know_of_the_audit():
     keys = {example(audit_every=every).key("data", 1, {}) for every in (0, 5)}
     assert len(keys) == 1
+
+
+# What is told of it
+
+
+def test_each_variant_and_number_of_labelled_cases_is_told_of_by_itself(audited, tmp_path):
+    runs = pd.DataFrame(
+        [("mlrpl", 2, 0, "MLRPL"), ("mlrpl", 3, 0, "MLRPL"), ("other", 2, 0, "Other"), ("mlrpl", 2, 1, "MLRPL")],
+        columns=["variant", "labelled", "seed", "title"],
+    ).assign(study="tiny", method="mlrpl", iterations=6, seconds=10.0, seconds_audit=[0.1, 0.2, 0.3, 0.4])
+    runs["run"] = runs["variant"] + "-" + runs["labelled"].astype(str) + "-s" + runs["seed"].astype(str)
+    rows = pd.read_csv(audited / "audit.csv")
+    found = Results(
+        pd.DataFrame(), runs, pd.DataFrame(), pd.DataFrame(), pd.concat([rows.assign(run=r) for r in runs["run"]])
+    )
+    subjects = audit_report.subjects(found)
+    assert {ending: list(of.runs["run"]) for ending, of in subjects.items()} == {
+        "": ["mlrpl-2-s0", "mlrpl-2-s1"], "-mlrpl-3": ["mlrpl-3-s0"], "-other-2": ["other-2-s0"],
+    }  # fmt: skip
+    told = [audit_report.described(of) for of in subjects.values()]
+    assert told == [
+        "MLRPL, 2 labelled cases, 2 seeds",
+        "MLRPL, 3 labelled cases, 1 seed",
+        "Other, 2 labelled cases, 1 seed",
+    ]
+    costs = audit_report.together(audit_report.cost_table, subjects)
+    assert list(costs["Audited"]) == [told[0], *told]
+    assert list(costs["Share (%)"]) == ["1.00", "4.00", "2.00", "3.00"]
+    alone = {"": subjects[""]}
+    assert "Audited" not in audit_report.together(audit_report.cost_table, alone)
+    which = audit_report.together(audit_report.choice_table, subjects)
+    assert (
+        which.drop(columns="Audited")
+        .iloc[: len(which) // 3]
+        .equals(audit_report.together(audit_report.choice_table, alone))
+    )
+    headings = [heading for heading, _ in audit_report.drawn(audit_report.coverage_figure, subjects, tmp_path, "c")]
+    assert headings == [f"**{name}**" for name in told]
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"c.svg", "c-mlrpl-3.svg", "c-other-2.svg"}
+
+
+def test_without_an_audit_there_is_nothing_to_tell():
+    with pytest.raises(StudyError, match="no run of this study was audited"):
+        audit_report.subjects(Results(*[pd.DataFrame()] * 4))
 
 
 # What it says when it is asked for the impossible
