@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mlrpl.config import Ablation, load_study
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
-from mlrpl.statistics import interval, limits, paired
+from mlrpl.statistics import compared, interval, limits, seeds_above
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, titled
 
@@ -55,7 +55,8 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
 
     Returns:
         ``labelled, variant, reference, dice, low, high, sd, seeds, cases``; ``difference`` to the reference with
-        ``difference_low`` and ``difference_high`` (NaN for the reference itself, or without a seed in common);
+        ``difference_low`` and ``difference_high`` (NaN for the reference itself, or without a seed in common), in how
+        many of the ``common`` seeds it is ``higher``;
         ``runs``, their names; ``paper``.
     """
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
@@ -80,11 +81,9 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
             "seeds": len(mine),
             "cases": len(values),
         }
-        line |= dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
+        line |= dict.fromkeys(("difference", "difference_low", "difference_high", "higher", "common"), np.nan)
         if not line["reference"]:
-            apart = paired(values, of_seeds(runs[(runs["labelled"] == labelled) & runs["reference"]]))
-            low, high = interval(apart)
-            line |= {"difference": apart.mean(), "difference_low": low, "difference_high": high}
+            line |= compared(values, of_seeds(runs[(runs["labelled"] == labelled) & runs["reference"]]))
         paper = mine["paper"].iloc[0]
         lines.append(line | {"runs": ", ".join(mine["run"]), "paper": "" if pd.isna(paper) else str(paper)})
     return pd.DataFrame(lines)
@@ -111,6 +110,7 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
             "Difference, seed by seed [95 %]": [
                 ranged(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
+            "Seeds above": seeds_above(rows),
             "Seeds": rows["seeds"].astype(str),
             "Runs": rows["runs"],
         }

@@ -60,6 +60,25 @@ def paired(mine: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
     return (mine - reference).mean(axis=1)  # a seed that one of them lacks is NaN, and not in the mean
 
 
+def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
+    """:func:`paired` in numbers.
+
+    Returns:
+        ``difference``, its mean, with the interval ``difference_low`` and ``difference_high`` over the cases;
+        ``higher``, in how many of the ``common`` seeds my mean is above the reference's.
+    """
+    apart = paired(mine, reference)
+    low, high = interval(apart)
+    of_seeds = (mine - reference).mean().dropna()
+    return {
+        "difference": apart.mean(),
+        "difference_low": low,
+        "difference_high": high,
+        "higher": (of_seeds > 0).sum(),
+        "common": len(of_seeds),
+    }
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979); NaN stay and do not count as tests."""
     p = np.asarray(p, float)
@@ -84,8 +103,8 @@ def summary(
         ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
         over seeds (NaN for one); where the reference has runs at that number and the title is another:
         ``difference`` (title − reference), the mean over the cases and seeds that both have, with ``difference_low``
-        and ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number. Dice and
-        Jaccard in %.
+        and ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number; ``higher``, in
+        how many of the ``common`` seeds the title's mean is above the reference's. Dice and Jaccard in %.
     """
     table = per_seed(metrics, runs, measure, selection, output)
     spread = comparison(metrics, runs)
@@ -106,12 +125,10 @@ def summary(
             row = {"labelled": labelled, "title": title, "mean": np.nanmean(values), "low": low, "high": high}
             row |= {"sd": facts[f"{measure}_sd"], "seeds": facts["seeds"], "cases": np.count_nonzero(~np.isnan(values))}
             if reference in titles and title != reference:
-                apart = paired(cases[title], cases[reference])
-                low, high = interval(apart)
-                row |= {"difference": apart.mean(), "difference_low": low, "difference_high": high}
-                row["p"] = wilcoxon(apart)
+                row |= compared(cases[title], cases[reference])
+                row["p"] = wilcoxon(paired(cases[title], cases[reference]))
             rows.append(row)
-    columns = ["difference", "difference_low", "difference_high", "p"]
+    columns = ["difference", "difference_low", "difference_high", "higher", "common", "p"]
     found = pd.DataFrame(rows)
     found = found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
     found["p_holm"] = found.groupby("labelled")["p"].transform(lambda p: holm(p.to_numpy()))
@@ -134,12 +151,19 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = R
             f"Difference to {reference}, seed by seed [95 %]": [
                 ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
+            f"Seeds above {reference}": seeds_above(table),
             "p": table["p"].map(probability),
             "p (Holm)": table["p_holm"].map(probability),
             "Cases": table["cases"].astype(str),
             "Seeds": table["seeds"].astype(str),
         }
     )
+
+
+def seeds_above(table: pd.DataFrame) -> list[str]:
+    """In how many of the common seeds each row is above the reference (:func:`compared`), as text."""
+    pairs = zip(table["higher"], table["common"], strict=True)
+    return [f"{higher:.0f} of {common:.0f}" if common > 0 else "—" for higher, common in pairs]
 
 
 def probability(p: float) -> str:
@@ -158,16 +182,34 @@ def limits(table: pd.DataFrame) -> str:
             "Intervals and tests speak of other cases, not of other trainings."
         )
     elif (table["seeds"] == 1).any():
-        alone = ", ".join(dict.fromkeys(table.loc[table["seeds"] == 1, "title"]))
+        alone = _named(table, table["seeds"] == 1)
         said.append(f"With one seed ({alone}) a difference may be the seed's.")
     if len(table) and table["seeds"].max() in (2, 3):
         said.append(f"{table['seeds'].max()} seeds show a direction, not the size of the spread.")
+    apart = (table["difference_low"] > 0) | (table["difference_high"] < 0)
+    divided = apart & table["higher"].between(0, table["common"], inclusive="neither")
+    if divided.any():
+        said.append(
+            "Intervals and tests speak of other cases, not of other trainings: the interval of the difference leaves "
+            f"out 0, but one seed is above the reference and another below: {_named(table, divided)}."
+        )
     fewest = table["cases"].min() if len(table) else 0
     if fewest < FEWEST:
         said.append(f"{fewest} test cases are too few for a test: even if all agree, p cannot fall below 0.05.")
     elif fewest < 20:
         said.append(f"With {fewest} test cases only large and consistent differences can be significant.")
     return " ".join(said)
+
+
+def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
+    """The titles of these rows, with the number of labelled cases where a table has several; "all" for all at one."""
+    parts = []
+    for labelled, rows in table.groupby("labelled", sort=False):
+        mine = rows.loc[chosen[rows.index], "title"]
+        names = "all" if 1 < len(mine) == len(rows) else ", ".join(mine)
+        if len(mine):
+            parts.append(names + (f" at {labelled} labelled" if table["labelled"].nunique() > 1 else ""))
+    return "; ".join(parts)
 
 
 @styled

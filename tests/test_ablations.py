@@ -147,6 +147,7 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     text = formatted(rows.reset_index(), study.ablations[0])
     assert text["Paper, LA: Dice (%)"].tolist() == ["—", "88.60", "89.86"]
     assert text["Loss"].tolist() == ["CE", "+ HR", "both (reference)"]
+    assert text["Seeds above"].tolist() == ["0 of 2", "0 of 2", "—"]
     assert text["Runs"].iloc[1] == "parts-hr-4-s0, parts-hr-4-s1"
     assert "2 seeds show a direction" in caution(rows.reset_index())
     assert "With one seed (CE)" in caution(rows.reset_index().assign(seeds=[1, 3, 3]))

@@ -101,6 +101,21 @@ def test_it_says_what_cannot_be_concluded():
     assert "direction" in limits(summary(*study({"MLRPL": [0.8] * 7, "Other": [0.7] * 7}, seeds=3)))
 
 
+def test_it_tells_where_seeds_contradict_a_small_p():
+    random = np.random.default_rng(4)
+    ours = random.uniform(0.6, 0.8, 12)
+    metrics, runs = study({"MLRPL": ours, "Fickle": ours - 0.1, "Steady": ours - 0.1 - random.random(12) / 50}, seeds=3)
+    metrics.loc[(metrics["method"] == "Fickle") & (metrics["seed"] == 1), "dice"] += 0.15
+    table = summary(metrics, runs)
+    assert (table["p_holm"].dropna() < 0.05).all()
+    assert formatted(table)["Seeds above MLRPL"].tolist() == ["—", "1 of 3", "0 of 3"]
+    assert "one seed is above the reference and another below: Fickle." in limits(table)
+    assert "Fickle" not in limits(table[table["title"] != "Fickle"])
+    eight = table.assign(labelled=8, seeds=1)
+    both = limits(pd.concat([table, eight.assign(higher=0)], ignore_index=True))
+    assert "With one seed (all at 8 labelled)" in both and "another below: Fickle at 4 labelled." in both
+
+
 def test_without_the_reference_nothing_is_compared():
     table = summary(*study({"A": [0.8, 0.7, 0.6], "B": [0.7, 0.6, 0.5]}))
     assert table["difference"].isna().all()
