@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mlrpl.config import Ablation, load_study
 from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
-from mlrpl.statistics import compared, interval, limits, seeds_above
+from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, titled
 
@@ -54,9 +54,8 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     """A row a number of labelled cases and variant.
 
     Returns:
-        ``labelled, variant, reference, dice, low, high, sd, seeds, cases``; ``difference`` to the reference with
-        ``difference_low`` and ``difference_high`` (NaN for the reference itself, or without a seed in common), in how
-        many of the ``common`` seeds it is ``higher``;
+        ``labelled, variant, reference, dice, low, high, sd, seeds, cases``; ``dice_of_seeds``, a list; ``difference``
+        to the reference and what else `mlrpl.statistics.compared` gives (NaN for the reference itself);
         ``runs``, their names; ``paper``.
     """
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
@@ -78,6 +77,7 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
             "low": low,
             "high": high,
             "sd": values.mean().std(ddof=1),
+            "dice_of_seeds": values.mean().to_list(),
             "seeds": len(mine),
             "cases": len(values),
         }
@@ -171,9 +171,10 @@ def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
             axes[0].plot([row["low"], row["high"]], [place, place], color=OURS, linewidth=1.8)
             fill = OURS if row["reference"] else "white"
             axes[0].plot(row["dice"], place, "o", markersize=6, color=OURS, markerfacecolor=fill)
+            plot_seeds(axes[0], row["dice_of_seeds"], place)
         axes[0].set_yticks(places, group["variant"])
         axes[0].set_ylim(len(group) - 0.5, -0.6)
-        axes[0].set_title(f"{labelled} labelled", loc="left")
+        axes[0].set_title(f"{ablation.title}, {labelled} labelled", loc="left")
         if panels == 2:
             axes[1].plot(numbers[group.index], places, "D", markersize=5.5, color=PAPER)
             for place, text in zip(places, group["paper"], strict=True):
@@ -195,9 +196,9 @@ def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
             marker="o",
             markerfacecolor="white",
             markersize=6,
-            label="mean, 95 % interval",
+            label="mean, 95 % interval over cases",
         ),
         Line2D([], [], color=OURS, linestyle="", marker="o", markersize=6, label="reference"),
     ]
-    add_legend(canvas, handles)
+    add_legend(canvas, [*handles, *seed_handles(rows["dice_of_seeds"])])
     return canvas

@@ -91,7 +91,7 @@ CAPTIONS = {
     "checks": "The published protocol's checks.",
     "precision": "Running means over a fortieth of training; bold is the mean over seeds, the band float32's range.",
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
-    "correction.",
+    "correction. Where there are several seeds, each has a mark: what other trainings may do to a difference.",
     "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
     "same batch, as many as WR keeps. The class is the pseudo-label's, the distance "
     "that to the reference's boundary.",

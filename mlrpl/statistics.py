@@ -5,8 +5,12 @@ times. What the seeds add is shown as their standard deviation. Bootstrap and Wi
 resampling starts from a fixed seed, so that a report does not change when it is made anew.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -19,6 +23,7 @@ LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
 REFERENCE = "MLRPL"
+SEED_MARK = {"marker": "|", "linestyle": "", "markersize": 7, "markeredgewidth": 1, "color": "0.25", "zorder": 3}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -60,12 +65,13 @@ def paired(mine: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
     return (mine - reference).mean(axis=1)  # a seed that one of them lacks is NaN, and not in the mean
 
 
-def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
+def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
     """:func:`paired` in numbers.
 
     Returns:
         ``difference``, its mean, with the interval ``difference_low`` and ``difference_high`` over the cases;
-        ``higher``, in how many of the ``common`` seeds my mean is above the reference's.
+        ``of_seeds``, a list with the difference of each seed that both have; ``higher``, how many of these ``common``
+        seeds are above 0.
     """
     apart = paired(mine, reference)
     low, high = interval(apart)
@@ -74,6 +80,7 @@ def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
         "difference": apart.mean(),
         "difference_low": low,
         "difference_high": high,
+        "of_seeds": of_seeds.to_list(),
         "higher": (of_seeds > 0).sum(),
         "common": len(of_seeds),
     }
@@ -102,9 +109,9 @@ def summary(
     Returns:
         ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
         over seeds (NaN for one); where the reference has runs at that number and the title is another:
-        ``difference`` (title − reference), the mean over the cases and seeds that both have, with ``difference_low``
-        and ``difference_high``, Wilcoxon's ``p`` and ``p_holm`` over the titles compared at that number; ``higher``, in
-        how many of the ``common`` seeds the title's mean is above the reference's. Dice and Jaccard in %.
+        ``difference`` (title − reference), the mean over the cases and seeds that both have, with and what else
+        :func:`compared` gives, Wilcoxon's ``p``, and ``p_holm`` over the titles compared at that number. Dice and
+        Jaccard in %.
     """
     table = per_seed(metrics, runs, measure, selection, output)
     spread = comparison(metrics, runs)
@@ -128,7 +135,7 @@ def summary(
                 row |= compared(cases[title], cases[reference])
                 row["p"] = wilcoxon(paired(cases[title], cases[reference]))
             rows.append(row)
-    columns = ["difference", "difference_low", "difference_high", "higher", "common", "p"]
+    columns = ["difference", "difference_low", "difference_high", "of_seeds", "higher", "common", "p"]
     found = pd.DataFrame(rows)
     found = found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
     found["p_holm"] = found.groupby("labelled")["p"].transform(lambda p: holm(p.to_numpy()))
@@ -212,6 +219,17 @@ def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
     return "; ".join(parts)
 
 
+def plot_seeds(ax: Axes, values: Sequence[float], place: float) -> None:
+    """A small mark a seed, where there are several: what an interval over cases does not tell."""
+    if len(values) > 1:
+        ax.plot(values, [place] * len(values), **SEED_MARK)
+
+
+def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
+    """For the legend, if :func:`plot_seeds` drew any."""
+    return [Line2D([], [], label="a seed", **SEED_MARK)] if any(len(seeds) > 1 for seeds in values) else []
+
+
 @styled
 def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure | None:
     """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
@@ -231,6 +249,7 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
             style = {"color": colour[row["title"]]}
             ax.plot([row["difference_low"], row["difference_high"]], [place, place], linewidth=1.8, **style)
             ax.plot(row["difference"], place, "o", markersize=5, markeredgecolor="white", **style)
+            plot_seeds(ax, row["of_seeds"], place)
             said = f"p = {probability(row['p_holm'])}".replace("= <", "< ") if pd.notna(row["p_holm"]) else "no test"
             beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": "0.35"}
             ax.annotate(said, (1.02, place), annotation_clip=False, **beside)
@@ -243,7 +262,7 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
     axes[-1].set_xlabel(f"difference to {reference} ({heading})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
     mark = Line2D(
-        [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean and 95 % interval"
+        [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean, 95 % interval over cases"
     )
-    add_legend(figure, [mark])
+    add_legend(figure, [mark, *seed_handles(rows["of_seeds"])])
     return figure

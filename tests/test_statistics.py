@@ -110,6 +110,10 @@ def test_it_tells_where_seeds_contradict_a_small_p():
     assert (table["p_holm"].dropna() < 0.05).all()
     assert formatted(table)["Seeds above MLRPL"].tolist() == ["—", "1 of 3", "0 of 3"]
     assert "one seed is above the reference and another below: Fickle." in limits(table)
+    (axes,) = differences(table).axes
+    seeds = [line for line in axes.lines if line.get_marker() == "|"]
+    assert [len(line.get_xdata()) for line in seeds] == [3, 3]
+    assert max(seeds[0].get_xdata()) > 0 > max(seeds[1].get_xdata())
     assert "Fickle" not in limits(table[table["title"] != "Fickle"])
     eight = table.assign(labelled=8, seeds=1)
     both = limits(pd.concat([table, eight.assign(higher=0)], ignore_index=True))
