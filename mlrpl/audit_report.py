@@ -217,7 +217,7 @@ def cost_table(found: Results) -> pd.DataFrame:
 
 
 def answers(found: Results) -> str:
-    """The paper's two questions, answered in Markdown with this audit's numbers."""
+    """The paper's two questions, answered in Markdown with this audit's numbers, under a heading that names the runs."""
     audit = later_half(found)
     audit = audit[audit["distance"] == "all"]
     foreground = predictors(audit[audit["class"].isin(_foreground(audit)) & (audit["scope"] == "kept")])
@@ -256,7 +256,7 @@ def answers(found: Results) -> str:
         )
     if ("disagree", "mse") in weighed.index:
         how += f" Where the decoders disagree, HR's AUROC is {weighed.loc[('disagree', 'mse'), 'auroc']:.3f}."
-    return f"{described(found)}; the later half of training.\n\n{which}\n\n{how}"
+    return f"### {described(found)}\n\nThe later half of training.\n\n{which}\n\n{how}"
 
 
 # Figures
