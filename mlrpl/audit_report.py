@@ -217,7 +217,7 @@ def cost_table(found: Results) -> pd.DataFrame:
 
 
 def answers(found: Results) -> str:
-    """The paper's two questions, answered in Markdown with this audit's numbers, under a heading that names the runs."""
+    """The paper's two questions, answered in Markdown with this audit's numbers, below a heading with the runs."""
     audit = later_half(found)
     audit = audit[audit["distance"] == "all"]
     foreground = predictors(audit[audit["class"].isin(_foreground(audit)) & (audit["scope"] == "kept")])
