@@ -32,7 +32,8 @@ from mlrpl.files import atomic
 from mlrpl.tables import chosen, comparison, per_case, titled
 
 WIDTH = 7.2  # inches, both columns
-SCREEN = 130  # pixels an inch where a notebook shows a figure
+SCREEN = 130  # pixels an inch where a notebook or a page shows a figure
+DPI = 200  # of saved PNGs
 STYLE = {
     "text.parse_math": False,  # titles and case names are text, also with a $ in them
     "font.family": "DejaVu Sans",
@@ -53,7 +54,7 @@ STYLE = {
     "ytick.major.width": 0.6,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
-    "savefig.dpi": 200,
+    "savefig.dpi": DPI,
     "savefig.facecolor": "white",
     "svg.hashsalt": "mlrpl",
     "svg.fonttype": "path",
@@ -144,7 +145,7 @@ def _png(figure: Figure) -> bytes:
     The colours are chosen to cover all that the figure has, however rare, so that colour bars stay smooth.
     """
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"], facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     picture = Image.open(buffer).convert("RGB")
     few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(small, "png", optimize=True)

@@ -18,9 +18,11 @@ import mistune
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 
 from mlrpl.errors import StudyError
+from mlrpl.figures import DPI, SCREEN
 from mlrpl.files import atomic
 from mlrpl.process import import_jsonschema
 
@@ -156,7 +158,13 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mlrpl"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"markdown": _markdown, "cell": _cell, "data_uri": _data_uri, "slug": _slug}
+    environment.filters |= {
+        "markdown": _markdown,
+        "cell": _cell,
+        "data_uri": _data_uri,
+        "screen_width": _screen_width,
+        "slug": _slug,
+    }
     environment.globals |= {
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         "script": Markup((TEMPLATES / "script.js").read_text(encoding="utf-8")),
@@ -192,6 +200,16 @@ def _data_uri(path: Path) -> str:
     if kind == PICTURE_TYPES[".svg"]:
         return f"data:{kind},{quote(content, safe=URI_SAFE)}"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _screen_width(path: Path) -> int:
+    """Pixels that a saved figure is wide on a page: the same for its SVG and PNG, and as in a notebook."""
+    if path.suffix.lower() == ".svg":
+        inches = float(re.search(r'<svg\b[^>]*?\bwidth="([\d.]+)pt"', path.read_text(encoding="utf-8"))[1]) / 72
+    else:
+        with Image.open(path) as picture:
+            inches = picture.width / DPI
+    return round(inches * SCREEN)
 
 
 def _slug(heading: str) -> str:

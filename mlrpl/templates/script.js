@@ -68,5 +68,7 @@
 
 // Pictures: a small one shrinks to a phone's width, a wide one stays legible and scrolls in its box.
 window.addEventListener("load", () => {
-  for (const picture of document.images) picture.classList.toggle("wide", picture.naturalWidth > 600);
+  for (const picture of document.images) {
+    picture.classList.toggle("wide", (picture.getAttribute("width") ?? picture.naturalWidth) > 720);
+  }
 });
