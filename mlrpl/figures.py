@@ -14,6 +14,7 @@ from functools import wraps
 from itertools import product
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
@@ -32,6 +33,9 @@ from mlrpl.files import atomic
 from mlrpl.tables import chosen, comparison, per_case, titled
 
 WIDTH = 7.2  # inches, both columns
+HEIGHT = 9.4  # inches, a page
+TITLE = 0.3  # inches, above a row of image panels
+LETTERS = (7.5, 6.5, 5.5)  # points, of labels that must fit
 SCREEN = 130  # pixels an inch where a notebook or a page shows a figure
 DPI = 200  # of saved PNGs
 STYLE = {
@@ -367,20 +371,24 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
         classes: Names of the classes, background first.
     """
     titles = list(views[0].predictions)
-    lines = ceil(len(titles) / MOST_COLUMNS)
-    columns = ceil(len(titles) / lines)
     slices = [int((view.reference > 0).sum(axis=(0, 1)).argmax()) for view in views]
     boxes = [_box_around(view, z) for view, z in zip(views, slices, strict=True)]
     sizes = [np.multiply(view.image.shape[:2], view.spacing[:2]) for view in views]
     window = np.minimum(np.max([high - low for low, high in boxes], axis=0), np.max(sizes, axis=0))
-    figure, grid, panel = image_grid([window[1] / window[0]] * len(views) * lines, columns)
+    ratio = window[1] / window[0]
+    lines = 1
+    if len(titles) > MOST_COLUMNS:  # as many as make the panels largest
+        lines = max((2, 3), key=lambda n: panel_width([ratio] * len(views) * n, ceil(len(titles) / n), len(views) * n))
+    named = len(views) * lines if lines > 1 else 1
+    figure, grid, panel = image_grid([ratio] * len(views) * lines, ceil(len(titles) / lines), named)
+    labels, letters = fitted(titles, panel)
     weight = min(1, 0.3 + panel / 2)  # of lines and letters in small panels
     blocks = grid.reshape(len(views), -1)
     for row, (axes, view, z, (low, high), size) in enumerate(zip(blocks, views, slices, boxes, sizes, strict=True)):
         half = np.minimum(window, size) / 2
         centre = np.clip((low + high) / 2, half, size - half)
         limits = np.percentile(view.image, (1, 99.5))
-        for ax, title in zip(axes, titles, strict=False):
+        for ax, title, label in zip(axes, titles, labels, strict=False):
             show_slice(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
             for index in range(1, len(classes)):
                 draw_outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 1.5 * weight, halo=True)
@@ -391,10 +399,10 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
                 style = {"color": "white", "fontsize": 8 * weight, "path_effects": dark_edge(1.7)}
                 ax.text(0.03, 0.03, f"Dice {100 * view.dice[title]:.1f} %", transform=ax.transAxes, **style)
             if row == 0 or lines > 1:
-                write_fitted(ax.set_title, title, panel)
+                ax.set_title(label, fontsize=letters, fontweight="normal")
         for ax in axes[len(titles) :]:
             ax.set_axis_off()
-        write_fitted(axes[0].set_ylabel, view.name, window[1] / window[0] * panel)
+        write_fitted(axes[0].set_ylabel, view.name, ratio * panel)
     reference = Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")
     predicted = _class_handles(classes)
     for handle in predicted:
@@ -569,10 +577,16 @@ def _box_around(view: CaseView, z: int) -> tuple[np.ndarray, np.ndarray]:
     return low - margin, high + margin
 
 
-def image_grid(ratios: Sequence[float], columns: int) -> tuple[Figure, np.ndarray, float]:
-    """A figure of image panels, its axes and their width in inches; ``ratios``: height by width in each row."""
-    width = min((WIDTH - 0.3) / columns, 2.4, 6.5 / sum(ratios))
-    figure = NotebookFigure(figsize=(0.3 + width * columns, 0.6 + width * sum(ratios)), layout="compressed")
+def panel_width(ratios: Sequence[float], columns: int, named: int = 1) -> float:
+    """Inches; ``ratios``: height by width in each row; ``named``: of the rows, those with titles above them."""
+    return min((WIDTH - 0.3) / columns, 2.4, (HEIGHT - 0.6 - TITLE * named) / sum(ratios))
+
+
+def image_grid(ratios: Sequence[float], columns: int, named: int = 1) -> tuple[Figure, np.ndarray, float]:
+    """A figure of image panels, its axes and their :func:`panel_width`."""
+    width = panel_width(ratios, columns, named)
+    size = (0.3 + width * columns, 0.6 + TITLE * named + width * sum(ratios))
+    figure = NotebookFigure(figsize=size, layout="compressed")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     return figure, figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios), width
 
@@ -631,12 +645,28 @@ def _line_handles(series: Iterable[Series]) -> list[Line2D]:
     return [Line2D([], [], color=one.colour, linestyle=one.line, label=one.name) for one in series]
 
 
+def fitted(texts: Sequence[str], room: float) -> tuple[list[str], float]:
+    """Labels no longer than there is room, in inches, all in the same letters, in points.
+
+    Those that are too long are broken, first after commas and before brackets.
+    """
+    for size in LETTERS:
+        most = max(1, int(0.93 * room / _length("x", size)))
+        broken = [text if len(text) <= most else _broken(text, most) for text in texts]
+        if all(text.count("\n") < 3 for text in broken) and max(_length(text, size) for text in broken) <= room:
+            return broken, size
+    return broken, size * min(1, 0.93 * room / max(_length(text, size) for text in broken))
+
+
+def _broken(text: str, most: int) -> str:
+    parts = re.split(r"(?<=,) | (?=\()|\n", text)
+    return "\n".join(fill(part, most, break_long_words=False, break_on_hyphens=False) for part in parts)
+
+
 def write_fitted(write: Callable[..., Any], text: str, room: float) -> None:
-    """Write a label no longer than there is room, in inches: in two lines, then smaller."""
-    room *= 0.93
-    if _length(text, 7.5) > room:
-        text = text.replace(" ", "\n", 1)
-    write(text, fontsize=7.5 * min(1, room / _length(text, 7.5)), fontweight="normal")
+    """Write a label as :func:`fitted` has it."""
+    (label,), size = fitted([text], room)
+    write(label, fontsize=size, fontweight="normal")
 
 
 def _length(text: str, size: float) -> float:

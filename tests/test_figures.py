@@ -312,6 +312,21 @@ def test_contours_of_many_methods_take_several_lines_a_case(count, lines, column
     assert_tidy(figure, monkeypatch)
 
 
+def test_contours_of_many_variants_have_room_for_long_titles(monkeypatch):
+    reference = blob(1)
+    variants = [f"{name} (instance norm)" for name in ("MLRPL", "Control", "Control, one decoder", "V-Net")]
+    titles = [*ALL, *variants, "Control, labelled only", "Control, one decoder", "V-Net, 40 labelled"]
+    shown = [view(np.roll(reference, n, axis=0), dict.fromkeys(titles, reference)) for n in range(3)]
+    figure = contours(shown, ["background", "atrium"])
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title().replace("\n", " ") for ax in drawn] == 3 * titles
+    assert len({ax.title.get_fontsize() for ax in drawn}) == 1
+    assert drawn[0].title.get_fontsize() >= 5.5
+    assert figure.get_figheight() <= 9.5
+    assert_tidy(figure, monkeypatch)
+    assert drawn[0].get_window_extent().width / figure.dpi > 0.6
+
+
 # Data
 
 
