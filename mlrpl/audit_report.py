@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.errors import StudyError
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, save, styled
+from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save, styled
 from mlrpl.results import Results
 from mlrpl.words import counted
 
@@ -412,12 +412,14 @@ def reliability_diagram(found: Results) -> Figure:
     figure = NotebookFigure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     line = {"color": "0.5", "linewidth": 0.7, "linestyle": (0, (1, 1.5))}
-    for ax, (title, scope, of_class) in zip(axes, columns, strict=True):
+    titles, letters = fitted([title for title, _, _ in columns], 0.85 * WIDTH / len(columns))
+    for ax, title, (_, scope, of_class) in zip(axes, titles, columns, strict=True):
         for measure in reversed(DIAGRAM):
             mine = sums[(sums["scope"] == scope) & (sums["class"] == of_class) & (sums["score"] == measure)]
             ax.plot(mine["x"], mine["y"], marker="o", markersize=2.5, **_measure_style(measure))
         ax.plot([0, 1], [0, 100], **line)
-        ax.set(title=title, xlabel="weight", ylim=(-3, 103))
+        ax.set_title(title, fontsize=letters)
+        ax.set(xlabel="weight", ylim=(-3, 103))
     axes[0].set_ylabel("right pseudo-labels (%)")
     add_legend(figure, [*_measure_handles(DIAGRAM), Line2D([], [], label="weight = share right", **line)])
     return figure
