@@ -40,7 +40,7 @@ from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.precision import Precision
 from mlrpl.reliability import entropy, weigh
-from mlrpl.study import Job, Workplace
+from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.tables import case_dice
 from mlrpl.training import find_device, load, make_method
 
@@ -69,8 +69,7 @@ class Maps:
 
 def explorable(place: Workplace) -> list[Job]:
     """Runs whose final weights are at hand; of those that coincide the first."""
-    jobs = {job.key: job for job in reversed(place.jobs) if (job.folder / "last.pt").exists()}
-    return list(reversed(jobs.values()))
+    return one_a_key(job for job in place.jobs if (job.folder / "last.pt").exists())
 
 
 def typical(place: Workplace) -> tuple[Job, str]:

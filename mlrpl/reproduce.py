@@ -34,6 +34,7 @@ from mlrpl.study import (
     execute,
     last_line,
     notebook_parameters,
+    one_a_key,
     pending,
     run_all,
     usual_jobs,
@@ -330,7 +331,7 @@ def _report(place: Workplace, found: Results) -> None:
                 )
     _keep_predictions(place, found)
     before = read_json(folder / "provenance.json").get("runs", {})
-    described = {job.run.name: {"key": job.key, **_described(job)} for job in _one_a_key(place.jobs)}
+    described = {job.run.name: {"key": job.key, **_described(job)} for job in one_a_key(place.jobs)}
     for row in found.runs[found.runs["adopted"]].to_dict("records"):
         described[row["run"]] = before.get(row["run"], described[row["run"]])
     provenance = {
@@ -339,7 +340,7 @@ def _report(place: Workplace, found: Results) -> None:
         "data": {name: place.store.index[name] for name in ("name", "licence", "citation", "fingerprint", "split")},
         "report": environment(),
         "runs": described,
-        "asked": len(_one_a_key(place.jobs)),
+        "asked": len(one_a_key(place.jobs)),
     }
     write_json(folder / "provenance.json", provenance)
     _index(place, found, provenance)
@@ -376,14 +377,6 @@ def _described(job: Job) -> dict[str, Any]:
     }
 
 
-def _one_a_key(jobs: Sequence[Job]) -> list[Job]:
-    """Of runs that coincide the first."""
-    first: dict[str, Job] = {}
-    for job in jobs:
-        first.setdefault(job.key, job)
-    return list(first.values())
-
-
 def representative(jobs: Sequence[Job]) -> list[Job]:
     """The first seed of every variant and number of labelled cases, ablations aside: their notebooks become pages."""
     return first_seeds([job for job in jobs if not job.run.ablation])
@@ -410,7 +403,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     sections = [
         Section(
             "Comparison",
-            text=remarks([job.run for job in _one_a_key(place.jobs)], everything.runs) + COMPARISON,
+            text=remarks([job.run for job in one_a_key(place.jobs)], everything.runs) + COMPARISON,
             table=made["comparison"],
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),

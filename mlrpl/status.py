@@ -1,13 +1,14 @@
 """`mlrpl status`: where every run of a study stands, read from its folder, its lock and Slurm's queue."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlrpl import slurm
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.locks import holder
-from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line
+from mlrpl.results import Results
+from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line, one_a_key
 from mlrpl.words import counted, duration
 
 
@@ -15,7 +16,8 @@ from mlrpl.words import counted, duration
 class Standing:
     """One run and what is known of it.
 
-    Its state is "finished", "trained", "running", "queued", "stopped", "failed" or "waiting".
+    Its state is "finished", "trained", "running", "queued", "stopped", "failed", "committed" (not run here, but its
+    rows are among the results) or "waiting".
     """
 
     run: str
@@ -24,7 +26,7 @@ class Standing:
 
 
 def standings(place: Workplace) -> list[Standing]:
-    """Of every run, in the study's order.
+    """Of every run, in the study's order; runs that coincide are one, which bears the first's name.
 
     Raises:
         StudyError: where nothing of the study has been run here.
@@ -33,7 +35,15 @@ def standings(place: Workplace) -> list[Standing]:
         raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce")
     jobs = read_json(place.runs / "slurm.json").get("runs", {})
     queued = slurm.queue() if jobs else {}
-    return [_standing(job, queued.get(jobs.get(job.run.name, ""))) for job in place.jobs]
+    submitted = {job.key: jobs[job.run.name] for job in place.jobs if job.run.name in jobs}
+    committed = Results.load(place.results).keys()
+    found = []
+    for job in one_a_key(place.jobs):
+        standing = _standing(job, queued.get(submitted.get(job.key, "")))
+        if standing.state == "waiting" and job.key in committed:
+            standing = replace(standing, state="committed", detail=f"in {place.results}/; --adopt takes it as finished")
+        found.append(standing)
+    return found
 
 
 def described(place: Workplace) -> str:
@@ -43,7 +53,7 @@ def described(place: Workplace) -> str:
     states = ", ".join(f"{n} {state}" for state, n in counts.items())
     head = f"Study {place.study.name}: {counted(len(found), 'run')}: {states}"
     width = max(len(standing.run) for standing in found)
-    return "\n".join([head, *(f"  {s.run:<{width}}  {s.state:<8}  {s.detail}".rstrip() for s in found)])
+    return "\n".join([head, *(f"  {s.run:<{width}}  {s.state:<9}  {s.detail}".rstrip() for s in found)])
 
 
 def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -499,6 +499,14 @@ def chosen(place: Workplace, only: str | None) -> Iterator[Job]:
     return (job for job in place.jobs if any(text in job.run.name for text in texts))
 
 
+def one_a_key(jobs: Iterable[Job]) -> list[Job]:
+    """Of jobs whose runs coincide the first."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        first.setdefault(job.key, job)
+    return list(first.values())
+
+
 def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[Job]:
     """Jobs that are asked for and not finished; runs that coincide are one job.
 
@@ -507,12 +515,9 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
         only: see `chosen`.
         adopted: keys of committed results that count as finished.
     """
-    seen = set(adopted)
-    for job in chosen(place, only):
-        if job.key in seen:
-            continue
-        seen.add(job.key)
-        if not all(job.finished(stage) and (job.folder / name).exists() for stage, name in STAGES):
+    for job in one_a_key(chosen(place, only)):
+        done = all(job.finished(stage) and (job.folder / name).exists() for stage, name in STAGES)
+        if not done and job.key not in adopted:
             yield job
 
 

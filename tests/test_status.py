@@ -1,5 +1,6 @@
 """What `mlrpl status` and `mlrpl cancel` say of runs on this machine; on Slurm: test_slurm.py."""
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlrpl import cli
 from mlrpl.errors import StudyError
 from mlrpl.files import write_json
 from mlrpl.locks import locked
+from mlrpl.results import Results, collect
 from mlrpl.status import described, standings
 from mlrpl.study import Workplace
 
@@ -93,6 +95,29 @@ def test_every_state_is_told_with_its_detail(place):
     head, *lines = text.splitlines()
     assert head == "Study stands: 5 runs: 1 finished, 1 running, 1 failed, 1 stopped, 1 waiting"
     assert len(lines) == 5
+
+
+def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
+    variants = [
+        {"variant": "wr-hr", "title": "+ WR + HR"},
+        {"variant": "ce", "title": "CE", "options": {"selection": "all"}},
+    ]
+    runs = [{"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1}]
+    ablation = {"name": "parts", "title": "Parts", "axis": "Loss", "labelled": 1, "seeds": [0], "variants": variants}
+    changed = {**STUDY, "seeds": [0], "runs": runs, "ablations": [ablation]}
+    Path("stands.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+    place = Workplace("stands.yaml")
+    assert len(place.jobs) == 3
+    for stage in (place.train, place.evaluate):
+        stage("mlrpl-1-s0", "cpu")
+    told = {standing.run: standing.state for standing in standings(place)}
+    assert told == {"mlrpl-1-s0": "finished", "parts-ce-1-s0": "waiting"}
+    place.results.mkdir(parents=True)
+    collect(place.jobs, Results.load(place.results)).save(place.results)
+    shutil.rmtree(place.job("mlrpl-1-s0").folder)
+    first, other = standings(Workplace("stands.yaml"))
+    assert first.state == "committed" and first.detail == f"in {place.results}/; --adopt takes it as finished"
+    assert other.state == "waiting"
 
 
 def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):
