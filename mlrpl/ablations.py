@@ -39,7 +39,7 @@ def shown(place: Workplace) -> Shown:
     if study.ablations or not other:
         found, ablations = Results.load(place.results), study.ablations
         said = "This study has no ablations." if not ablations else ""
-        none = "No run of this study's ablations is finished yet."
+        none = "Of this study's ablations no more than the reference run is finished yet."
     else:
         found, ablations = Results.load(place.results.parent / other), load_study(other).ablations
         said = f"Precomputed: these are the committed results of the study {other}; {study.name} itself runs none."

@@ -8,7 +8,7 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.locks import holder
 from mlrpl.results import Results
-from mlrpl.study import STAGES, WORKER_LOG, Job, Workplace, last_line, one_a_key
+from mlrpl.study import WORKER_LOG, Job, Workplace, last_line, one_a_key
 from mlrpl.words import counted, duration
 
 
@@ -62,7 +62,7 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
         return Standing(name, "queued", slurm_job[1]) if slurm_job else Standing(name, "waiting")
     if (owner := holder(folder)) is not None:
         return Standing(name, "running", f"{_progress(job)}; process {owner.pid} on {owner.host}")
-    if all(job.finished(stage) and (folder / notebook).exists() for stage, notebook in STAGES):
+    if job.executed:
         return Standing(name, "finished", _took(job))
     if slurm_job:
         state, reason = slurm_job

@@ -82,6 +82,11 @@ class Job:
         """Whether both are done."""
         return self.finished("train") and self.finished("evaluate")
 
+    @property
+    def executed(self) -> bool:
+        """Whether both are done and their notebooks are there: nothing is left for `mlrpl reproduce`."""
+        return self.complete and all((self.folder / notebook).exists() for _, notebook in STAGES)
+
     def stage_key(self, stage: str) -> str:
         """The run's key; evaluation's also names how it was measured."""
         return self.key if stage == "train" else f"{self.key}/{self.distances}/{EVALUATION_VERSION}"
@@ -516,8 +521,7 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
         adopted: keys of committed results that count as finished.
     """
     for job in one_a_key(chosen(place, only)):
-        done = all(job.finished(stage) and (job.folder / name).exists() for stage, name in STAGES)
-        if not done and job.key not in adopted:
+        if not job.executed and job.key not in adopted:
             yield job
 
 
