@@ -85,20 +85,23 @@ class Batches:
                 row += 1
         return Batch(torch.from_numpy(image), torch.from_numpy(label))
 
-    def unlabelled_crops(self, iteration: int, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
+    def unlabelled_crops(
+        self, iteration: int, arrays: Mapping[str, np.ndarray], outside: int
+    ) -> list[np.ndarray | None]:
         """What an audit asks for: other arrays of the unlabelled cases, cropped and turned as the batch's images are.
 
         Args:
             iteration: counted from 1.
             arrays: (x, y, z) by case id.
+            outside: value where a crop reaches beyond its volume.
 
         Returns:
-            (*patch) for each unlabelled volume of the batch, zero outside the volume; None for a case not in `arrays`.
+            (*patch) for each unlabelled volume of the batch; None for a case not in `arrays`.
         """
         crops: list[np.ndarray | None] = []
         for position in self._positions(UNLABELLED, iteration):
             array = arrays.get(self._case(UNLABELLED, position).id)
-            crops.append(None if array is None else np.zeros(self.patch, array.dtype))
+            crops.append(None if array is None else np.full(self.patch, outside, array.dtype))
             if array is not None:
                 self._fill([array], [crops[-1]], self._random(UNLABELLED, position))
         return crops
@@ -116,7 +119,7 @@ class Batches:
         return cases[order[place]]
 
     def _fill(self, arrays: list[np.ndarray], patches: list[np.ndarray], random: np.random.Generator) -> None:
-        """Augment and crop arrays (..., x, y, z) alike into zero patches; only the patch itself is copied."""
+        """Augment and crop arrays (..., x, y, z) alike into patches; only what lies inside the volume is written."""
         if "rot90" in self.augmentation:
             turns = int(random.integers(4))
             arrays = [np.rot90(array, turns, axes=(-3, -2)) for array in arrays]
@@ -128,7 +131,7 @@ class Batches:
         size = arrays[0].shape[-3:]
         margin = crop_margin(size, self.patch)
         start = [int(random.integers(s + 2 * m - p + 1)) - m for s, p, m in zip(size, self.patch, margin, strict=True)]
-        # the part of the patch that lies inside the volume; what is outside stays zero
+        # the part of the patch that lies inside the volume; what is outside stays as it is
         inside = [(max(a, 0), min(a + p, s)) for a, p, s in zip(start, self.patch, size, strict=True)]
         source = (..., *(slice(low, high) for low, high in inside))
         target = (..., *(slice(low - a, high - a) for (low, high), a in zip(inside, start, strict=True)))
