@@ -24,7 +24,7 @@ CLUSTER := $(if $(ENGINE),--engine "$$ENGINE" $${PARTITION:+--partition "$$PARTI
 	$${TIME:+--time "$$TIME"} $${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"})
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce cost data bench test test-all test-faults audit lab lint lock clean environment active-environment
+.PHONY: help reproduce cost data bench test test-all test-faults advisories lab lint lock clean environment active-environment
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -67,7 +67,7 @@ test-all: $(READY)  ## all tests, slow ones too
 test-faults: $(READY)  ## every fault done for real, 200 kills among them; ends with a table
 	@KILLS=$(KILLS) $(BIN)python -m pytest -n $(WORKERS) --dist worksteal -m fault
 
-audit: $(READY)  ## known weaknesses of the locked packages; needs a network
+advisories: $(READY)  ## known weaknesses of the locked packages; needs a network
 	@[ -x .venv-audit/bin/pip-audit ] || { "$$PYTHON" -m venv .venv-audit && .venv-audit/bin/python -m pip install pip-audit; }
 	@.venv-audit/bin/pip-audit --progress-spinner off --no-deps --disable-pip -r requirements.lock
 

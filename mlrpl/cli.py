@@ -81,12 +81,15 @@ StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .y
 def prepare(
     name: Annotated[str, typer.Argument(help="A study; or a new name for your own data.")],
     source: Annotated[str | None, typer.Option(help="Folder of the data set.")] = None,
+    hardware: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Propose for it; default: what is here.")
+    ] = None,
     runs: Runs = "runs",
 ) -> None:
     """Prepare a study's data. A new name makes a study of your own data: NAME.yaml, proposed from the images."""
     from mlrpl.steps import prepare_study
 
-    prepare_study(name, source, runs)
+    prepare_study(name, source, runs, hardware)
 
 
 @app.command()
@@ -218,8 +221,10 @@ def bench(
 ) -> None:
     """Time the package beside its plain formulation, and a step of each method; results/bench/index.html."""
     from mlrpl.bench import bench as measure
+    from mlrpl.memory import exhaustion_explained
 
-    print(measure(results, device, quick, lambda line: print(line, flush=True)))
+    with exhaustion_explained("bench", "the plain step at the size of `la` needs about 10 GB"):
+        print(measure(results, device, quick, lambda line: print(line, flush=True)))
 
 
 @app.command(hidden=True)

@@ -24,7 +24,8 @@ MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
 Side = Annotated[int, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
 Sides = tuple[Side, Side, Side]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+SLUG = r"^[a-z0-9][a-z0-9._-]*$"
+Slug = Annotated[str, Field(pattern=SLUG)]
 
 
 class Model(BaseModel):

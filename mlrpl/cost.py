@@ -17,6 +17,7 @@ from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
 from mlrpl.evaluation import SELECTIONS, predict_case
 from mlrpl.inference import window_starts
+from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
 from mlrpl.provenance import device_name
@@ -76,7 +77,9 @@ def costs(place: Workplace, only: str | None = None, device: str | None = None) 
         kinds.setdefault(repr((run.method, run.options, run.settings)), {}).setdefault(job.key, job)
     for jobs in kinds.values():
         first, *_ = jobs.values()
-        yield _measured(place.data_of(first.run), first, len(jobs), len(left & jobs.keys()), target)
+        with exhaustion_explained(f"run {first.run.name}"):
+            measured = _measured(place.data_of(first.run), first, len(jobs), len(left & jobs.keys()), target)
+        yield measured
 
 
 def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device) -> Cost:

@@ -1,9 +1,10 @@
 """From a trained method to one row a case, class, selection and output.
 
 Where a network has BatchNorm there is, beside a method's own outputs, one more for the final weights, `OWN`: decoder 1
-with BatchNorm normalising each volume by its own statistics. In training every batch is normalised by its own, in
-prediction by running averages of them, over labelled and unlabelled volumes alike. Where the two differ much, the
-averages are to blame for what a prediction lacks, not what was learnt; the reports show both.
+with BatchNorm normalising a volume by its own statistics, those of up to four windows at a time. In training every
+batch is normalised by its own, in prediction by running averages of them, over labelled and unlabelled volumes alike.
+Where the two differ much, the averages are to blame for what a prediction lacks, not what was learnt; the reports show
+both.
 """
 
 import math
@@ -24,7 +25,7 @@ from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
-from mlrpl.precision import Precision
+from mlrpl.precision import Precision, computing
 
 SELECTIONS = ("last", "published")
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
@@ -59,7 +60,7 @@ def predicting(
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)
-        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.reduced):
+        with computing(device, precision):
             return torch.cat(method.predict(windows, tuple(outputs)), dim=1)
 
     training = method.training

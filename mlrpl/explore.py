@@ -38,7 +38,7 @@ from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
-from mlrpl.precision import Precision
+from mlrpl.precision import Precision, computing
 from mlrpl.reliability import entropy, weigh
 from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.tables import case_dice
@@ -110,7 +110,7 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)
-        with torch.autocast(where.type, dtype=precision.dtype, enabled=precision.reduced):
+        with computing(where, precision):
             if decoders == 1:
                 return torch.cat(method.predict(windows, ("decoder1",)), 1)
             logits, features = method.network(windows)

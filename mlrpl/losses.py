@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RAMP_STEP = 150  # the published code moves every ramp once in 150 iterations
+RAMP_STEP = 150  # the published code moves β once in 150 iterations
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

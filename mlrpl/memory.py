@@ -41,8 +41,8 @@ def require(needed: int, what: str, advice: str) -> None:
 
 
 @contextmanager
-def exhaustion_explained(what: str) -> Iterator[None]:
-    """Say in one line which setting to lower where memory runs out within.
+def exhaustion_explained(what: str, advice: str = ADVICE) -> Iterator[None]:
+    """Say in one line what to do where memory runs out within; by default, which setting to lower.
 
     Raises:
         StudyError: for PyTorch's several ways to say so, and Python's.
@@ -50,15 +50,16 @@ def exhaustion_explained(what: str) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise StudyError(f"{what}: out of memory; {ADVICE}") from None
+        raise StudyError(f"{what}: out of memory; {advice}") from None
     except RuntimeError as error:  # also torch.OutOfMemoryError
-        if not _is_exhaustion(error):
+        if not is_exhaustion(error):
             raise
         where = "out of GPU memory" if "CUDA" in str(error) else "out of memory"
-        raise StudyError(f"{what}: {where}; {ADVICE}") from None
+        raise StudyError(f"{what}: {where}; {advice}") from None
 
 
-def _is_exhaustion(error: RuntimeError) -> bool:
+def is_exhaustion(error: RuntimeError) -> bool:
+    """Whether PyTorch says, in one of its several ways, that memory ran out."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
 

@@ -200,16 +200,35 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+class InstanceNorm(nn.GroupNorm):
+    """Instance normalisation, written as GroupNorm with a channel a group: the same, but it keeps channels-last.
+
+    Left alone, CUDA's would not: under autocast it casts to float32, and it returns maps contiguous.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, channels, x, y, z) normalised, in the precision and layout in which they come."""
+        return self.as_they_come(maps) if maps.is_cuda else super().forward(maps)
+
+    def as_they_come(self, maps: Tensor) -> Tensor:
+        """What a GPU does; its kernel adds up in float32 whatever the maps are."""
+        with torch.autocast(maps.device.type, enabled=False):
+            weight, bias = self.weight.to(maps.dtype), self.bias.to(maps.dtype)
+            normalised = F.group_norm(maps, self.num_groups, weight, bias, self.eps)
+        return normalised.contiguous(memory_format=torch.channels_last_3d)
+
+
 def normalise_instances(module: nn.Module) -> None:
     """Replace every BatchNorm3d within by instance normalisation, which has no running statistics.
 
-    Each volume is then normalised by its own mean and variance, in training and in prediction alike. Written as
-    GroupNorm with a channel a group: the same, but it keeps channels-last.
+    Each volume is then normalised by its own mean and variance, in training and in prediction alike. What is not
+    trained, a teacher's, stays so.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm3d):
-                setattr(parent, name, nn.GroupNorm(child.num_features, child.num_features, child.eps))
+                norm = InstanceNorm(child.num_features, child.num_features, child.eps)
+                setattr(parent, name, norm.requires_grad_(child.weight.requires_grad))
 
 
 @contextmanager

@@ -8,12 +8,13 @@ and backward, in float32 and in the chosen precision.
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mlrpl.memory import is_exhaustion
 from mlrpl.networks import VNet
 from mlrpl.provenance import instructions
 
@@ -49,10 +50,21 @@ def exact() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def computing(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Within, a network computes in that precision: under autocast where it is reduced, else in true float32."""
+    with (
+        nullcontext() if precision.reduced else exact(),
+        torch.autocast(device.type, dtype=precision.dtype, enabled=precision.reduced),
+    ):
+        yield
+
+
 def fastest(device: torch.device) -> str:
     """Name of the precision that this hardware has instructions for."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        with torch.cuda.device(device):  # is asked of the current one
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "cpu" and "avx512_bf16" in instructions():
         return "bfloat16"
     return "float32"
@@ -71,14 +83,19 @@ def choose_precision(
         device: where it will be trained.
 
     Returns:
-        float32 with a reason where the reduced precision's gradients are wrong.
+        float32 with a reason where the reduced precision's gradients are wrong, or a convolution does not run in it.
     """
     name = fastest(device) if requested == "auto" else requested
     if name == "float32":
         return Precision(name)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        worst, where = worst_layer(network, patch, volumes, device, getattr(torch, name))
+        try:
+            worst, where = worst_layer(network, patch, volumes, device, getattr(torch, name))
+        except RuntimeError as error:
+            if is_exhaustion(error):
+                raise
+            return Precision("float32", f"training in float32: in {name} {str(error).splitlines()[0]}")
     if worst <= TOLERANCE:
         return Precision(name)
     error = f"off by {worst:.1%}" if worst < float("inf") else "not finite"

@@ -21,7 +21,7 @@ from mlrpl.data.volumes import ENDINGS, ending, read_volume, write_nifti
 from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_slabs, window_starts
 from mlrpl.methods import Method
-from mlrpl.precision import Precision
+from mlrpl.precision import Precision, computing
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load, make_method
 
@@ -212,7 +212,7 @@ def _slabs(
         windows = windows.to(device, memory_format=torch.channels_last_3d)
         values = 0.0
         for method, precision in ensemble.methods:
-            with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.reduced):
+            with computing(device, precision):
                 values = values + torch.cat(method.predict(windows, outputs), dim=1)
         done += len(windows)
         if watch:

@@ -39,7 +39,7 @@ from mlrpl.study import (
     run_all,
     usual_jobs,
 )
-from mlrpl.training import find_device
+from mlrpl.training import name_device
 from mlrpl.words import counted, duration
 
 STAGE_PAGES = {"02-train": "Training", "03-evaluate": "Evaluation"}
@@ -94,7 +94,7 @@ CAPTIONS = {
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction. Where there are several seeds, each has a mark: what other trainings may do to a difference.",
     "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
-    "same batch, as many as WR keeps. The class is the pseudo-label's, the distance "
+    "same batch, as many as WR keeps of all classes together. The class is the pseudo-label's, the distance "
     "that to the reference's boundary.",
     "reliability-coverage": "Star and diamond keep equally many of each batch: where the star is higher, WR chooses "
     "better than confidence does. Thresholds on the line are the same for all batches.",
@@ -145,8 +145,8 @@ def reproduce(
     if slurm:
         minutes(slurm.time)  # before anything is prepared
     place = Workplace(study, runs, results, data)
-    for name in device.split(",") if device else ():
-        find_device(name)
+    for name in device.split(",") if device and not slurm else ():  # a node that only queues may have no GPU
+        name_device(name)
     _check_writable(place)
     with locked(place.runs, f"study {place.study.name}: another process is reproducing it in {place.root}/"):
         return _reproduce(place, jobs, device, only, adopt, tensorboard, slurm, report_only, started)
@@ -196,7 +196,10 @@ def _reproduce(
         failures = _unfinished(todo)
     else:
         threads = max((job.run.settings.threads for job in todo), default=1)
-        failures = run_all(place, _free(todo), at_once or usual_jobs(device, threads), device, tensorboard)
+        at_once = at_once or usual_jobs(device, threads)
+        if todo:
+            print(f"  on {device or _usual_device()}; runs at a time: {at_once}")
+        failures = run_all(place, _free(todo), at_once, device, tensorboard)
     found = collect(place.jobs, committed, place.study.ablations)
     if not len(found):
         _summary(place, failures)
@@ -206,7 +209,7 @@ def _reproduce(
     if not todo and index.exists() and read_json(place.runs / "report.json") == state:
         print("  nothing to do: every run is finished and the report is up to date")
     else:
-        _report(place, found)
+        _report(place, found, device)
         write_json(place.runs / "report.json", state)
         _compare_with_committed(found, committed)
     print()
@@ -214,6 +217,11 @@ def _reproduce(
     print(f"\nReport: {index}  ({duration(time.monotonic() - started)})")
     _summary(place, failures)
     return failures
+
+
+def _usual_device() -> str:
+    kind = name_device().type
+    return "cpu, since PyTorch finds no GPU that it can use" if kind == "cpu" else kind
 
 
 def _free(jobs: Sequence[Job]) -> list[Job]:
@@ -309,15 +317,16 @@ def report_notebooks(place: Workplace, found: Results) -> list[str]:
     return [name for name in REPORT_PAGES if apply.get(name, True)]
 
 
-def _report(place: Workplace, found: Results) -> None:
+def _report(place: Workplace, found: Results, device: str | None) -> None:
     print("  writing the report", flush=True)
     folder = place.results
     found.save(folder)
     title = place.study.title
     notebook_to_html(place.runs / "01-data.ipynb", folder / "01-data.html", f"{title}: data", "index.html")
     for name in report_notebooks(place, found):
-        parameters = {"RESULTS": str(place.results.parent), **({"STATIC": True} if name == "07-explore" else {})}
-        execute(name, place.runs / f"{name}.ipynb", **notebook_parameters(place, **parameters))
+        own = {"STATIC": True, "DEVICE": device.split(",")[0] if device else None} if name == "07-explore" else {}
+        parameters = notebook_parameters(place, RESULTS=str(place.results.parent), **own)
+        execute(name, place.runs / f"{name}.ipynb", **parameters)
         what = f"{title}: {REPORT_PAGES[name].lower()}"
         notebook_to_html(place.runs / f"{name}.ipynb", folder / f"{name}.html", what, "index.html")
     for job in representative(place.jobs):
@@ -462,10 +471,16 @@ def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
     if dirty := runs["commit"].astype(str).str.endswith(CHANGED).sum():
         said += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
     if runs["precision"].nunique() > 1:
-        counts = runs["precision"].value_counts()
-        kinds = ", ".join(f"{number} in {name}" for name, number in counts.items())
+        kinds = _kinds(runs["precision"])
         said += f"**Trained in different precisions** ({kinds}), which may be part of what differs. "
+    if runs["device"].nunique() > 1:
+        kinds = _kinds(runs["device"])
+        said += f"Hardware goes by several names ({kinds}): where it differs indeed, runs do as with another seed. "
     return said
+
+
+def _kinds(column: pd.Series) -> str:
+    return "; ".join(f"{counted(number, 'run')}: {name}" for name, number in column.value_counts().items())
 
 
 def _normalisation_section(table: pd.DataFrame) -> list[Section]:

@@ -32,7 +32,7 @@ def standings(place: Workplace) -> list[Standing]:
         StudyError: where nothing of the study has been run here.
     """
     if not place.runs.is_dir():
-        raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce")
+        raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce {place.given}")
     jobs = read_json(place.runs / "slurm.json").get("runs", {})
     queued = slurm.queue() if jobs else {}
     submitted = {job.key: jobs[job.run.name] for job in place.jobs if job.run.name in jobs}

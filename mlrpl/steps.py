@@ -1,5 +1,6 @@
 """The steps of a study one at a time, in this process: prepare, train, evaluate, predict. `reproduce` does them all."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mlrpl import cost, tables
-from mlrpl.config import study_names
+from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
@@ -19,21 +20,29 @@ from mlrpl.proposal import write_study
 from mlrpl.reproduce import headline
 from mlrpl.results import Results, collect
 from mlrpl.study import Job, Workplace, chosen
-from mlrpl.training import find_device, progress_bar
+from mlrpl.training import find_device, name_device, progress_bar
 
 
-def prepare_study(name: str, source: str | None, runs: str) -> Store:
+def prepare_study(name: str, source: str | None, runs: str, hardware: str | None = None) -> Store:
     """Make a study's case store; for a name that is no study yet, propose one from the data first.
 
+    Args:
+        name: of a study, or a new one.
+        source: the data set's folder.
+        runs: folder of runs.
+        hardware: "cpu" or "cuda", what to propose for; default: what is here.
+
     Raises:
-        StudyError: for what is wrong with the data.
+        StudyError: for a name that no study can have, and what is wrong with the data.
     """
     own = name not in study_names() and not name.endswith((".yaml", ".yml"))
     if own and not Path(f"{name}.yaml").exists():
         if source is None:
             raise StudyError(f"no study {name!r} yet: give your data, mlrpl prepare {name} --source DIR")
+        if not re.match(SLUG, name):
+            raise StudyError(f"{name!r} cannot be a study's name: take small letters, digits, - and _, as in 'mine'")
         with _bar("looking at the images", "case") as show:
-            path = write_study(name, Path(source), find_device().type, show)
+            path = write_study(name, Path(source), hardware or name_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
     store = _prepared(place)

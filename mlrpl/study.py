@@ -39,7 +39,7 @@ from mlrpl.locks import locked
 from mlrpl.memory import ADVICE, exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
 from mlrpl.process import MALLOC, import_jsonschema
-from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
+from mlrpl.training import Progress, Trainer, find_device, load, make_method, name_device, split_training
 from mlrpl.words import duration
 
 PACKAGE = Path(__file__).parent
@@ -424,7 +424,7 @@ def usual_jobs(device: str | None, threads: int) -> int:
         threads: of a run.
     """
     named = device.split(",") if device else []
-    if find_device(named[0] if named else None).type == "cuda":
+    if name_device(named[0] if named else None).type == "cuda":
         return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // threads, MOST_JOBS))

@@ -40,6 +40,7 @@ from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.process import tune
 from mlrpl.provenance import device_name, environment
+from mlrpl.words import counted
 
 LOG_COLUMNS = (
     "iteration",
@@ -68,19 +69,38 @@ class Progress:
     seconds_left: float
 
 
-def find_device(name: str | None = None) -> torch.device:
-    """The device of that name; by default a GPU where there is one.
+def name_device(name: str | None = None) -> torch.device:
+    """The device of that name; by default a GPU where there is one. It is not touched: a GPU may be another's alone.
 
     Raises:
         StudyError: for a name that PyTorch does not know, or a GPU that is not there.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise _unusable(name, error) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = counted(torch.cuda.device_count(), "GPU")
+        raise StudyError(f"device {name!r} cannot be used: PyTorch finds {found} here")
+    return device
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """As `name_device`, and it was tried.
+
+    Raises:
+        StudyError: for a device that cannot be used.
+    """
+    device = name_device(name)
+    try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise StudyError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise _unusable(str(device), error) from None
     return device
+
+
+def _unusable(name: str | None, error: Exception) -> StudyError:
+    return StudyError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Generator:
@@ -441,6 +461,9 @@ class Trainer:
         first = self.iteration
         while self.iteration < iterations:
             terms = self.step(self.iteration + 1)
+            if self.iteration == first and self.device.type == "cuda":
+                # The precision's check and cuDNN's search took memory that no step takes.
+                torch.cuda.reset_peak_memory_stats(self.device)
             self.iteration += 1
             now = time.monotonic()
             self.seconds = offset + now - started

@@ -111,7 +111,7 @@ def test_wrong_setting(refused, tmp_path):
 
 def test_missing_data(refused, tmp_path):
     study = write(tmp_path, dataset=OWN)
-    assert refused(study).startswith("dataset own needs DATA=/path")
+    assert refused(study).startswith("dataset own is not prepared yet: give the folder")
     assert "nowhere: no such folder" in refused(study, "--data", "nowhere")
     (tmp_path / "empty").mkdir()
     assert "neither <case>/mri_norm2.h5 nor <case>/lgemri.nrrd is in this folder" in refused(study, "--data", "empty")

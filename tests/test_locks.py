@@ -91,7 +91,7 @@ def test_each_run_gets_a_device_of_its_own(monkeypatch, device, gpus, expected):
 def test_runs_at_a_time_follow_the_machine(monkeypatch, device, cores, threads, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr("mlrpl.study.find_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert usual_jobs(device, threads) == expected
 
 

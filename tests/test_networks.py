@@ -125,6 +125,39 @@ def test_instances_are_normalised_each_by_itself():
         torch.testing.assert_close(norm(maps), nn.InstanceNorm3d(4)(maps))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 6e-3)])
+def test_instances_on_a_gpu_are_normalised_in_the_precision_and_layout_in_which_they_come(dtype, error):
+    """As on a CPU, but for rounding; nothing is cast or converted for the next layer to convert back."""
+    network = nn.Sequential(nn.BatchNorm3d(4))
+    normalise_instances(network)
+    (norm,) = network
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    maps = (3 + torch.randn(2, 4, 8, 6, 5)).to(memory_format=torch.channels_last_3d)
+    expected, given = maps.clone().requires_grad_(), maps.to(dtype).requires_grad_()
+    norm(expected).sin().sum().backward()
+    gradients = [p.grad.clone() for p in norm.parameters()]
+    norm.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm.as_they_come(given)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    found.float().sin().sum().backward()
+    for ours, reference in zip(
+        (found, given.grad, *(p.grad for p in norm.parameters())),
+        (norm(expected), expected.grad, *gradients),
+        strict=True,
+    ):
+        assert (ours - reference).norm() <= error * reference.norm()
+
+
+def test_a_teacher_stays_untrained_when_its_normalisation_changes():
+    network = nn.ModuleList([nn.BatchNorm3d(4), nn.BatchNorm3d(4).requires_grad_(False)])
+    normalise_instances(network)
+    assert [norm.weight.requires_grad for norm in network] == [True, False]
+    assert count_parameters(network) == 8
+
+
 def test_with_instance_normalisation_other_volumes_and_training_make_no_difference():
     network = tiny(dropout=False)
     normalise_instances(network)

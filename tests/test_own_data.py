@@ -208,3 +208,16 @@ def test_what_cannot_be_proposed_is_one_line(folder, tmp_path, monkeypatch, caps
     shown = capsys.readouterr().err
     assert "labelsTr" in shown and shown.strip().count("\n") == 1
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_a_name_that_no_study_can_have_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "prepare", "Mine 2", "--source", folder) == 2
+    assert "'Mine 2' cannot be a study's name: take small letters" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_study_is_proposed_for_the_hardware_that_will_train_it(folder, tmp_path, monkeypatch):
+    """Which need not be that of the machine where the data are prepared."""
+    for hardware, filters in (("cpu", 8), ("cuda", 16)):
+        assert command(monkeypatch, "prepare", f"on-{hardware}", "--source", folder, "--hardware", hardware) == 0
+        assert {run.settings.filters for run in load_study(f"on-{hardware}.yaml").runs()} == {filters}

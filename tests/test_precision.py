@@ -8,7 +8,7 @@ import torch
 
 from mlrpl import precision
 from mlrpl.networks import VNet, to_channels_last
-from mlrpl.precision import TOLERANCE, Precision, choose_precision, worst_layer
+from mlrpl.precision import TOLERANCE, Precision, choose_precision, computing, worst_layer
 from mlrpl.provenance import instructions
 
 CPU = torch.device("cpu")
@@ -150,3 +150,32 @@ def test_a_torch_that_does_not_tell_the_cpus_instructions_leaves_it_to_the_syste
         assert precision.fastest(CPU) == "bfloat16"
     finally:
         instructions.cache_clear()
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (RuntimeError("Unable to find an engine\nmore"), "training in float32: in bfloat16 Unable to find an engine"),
+    (torch.OutOfMemoryError("CUDA out of memory"), None),
+])  # fmt: skip
+def test_convolutions_that_do_not_run_are_not_used(network, monkeypatch, error, reason):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(precision, "_layer", refused)
+    if reason is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            choose_precision("bfloat16", network, RIGHT, 2, CPU)
+    else:
+        assert choose_precision("bfloat16", network, RIGHT, 2, CPU) == Precision("float32", reason)
+
+
+def test_predictions_are_computed_as_the_run_was_trained():
+    """What was trained in float32 is not predicted in TF32, which is PyTorch's default for a GPU's convolutions."""
+    product = torch.ones(2, 2)
+    before = torch.backends.cudnn.allow_tf32
+    with computing(CPU, Precision("float32")):
+        assert not torch.backends.cudnn.allow_tf32
+        assert (product @ product).dtype == torch.float32
+    with computing(CPU, Precision("bfloat16")):
+        assert torch.backends.cudnn.allow_tf32 == before
+        assert (product @ product).dtype == torch.bfloat16
+    assert torch.backends.cudnn.allow_tf32 == before

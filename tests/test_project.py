@@ -201,7 +201,7 @@ INSTALLATION = [
 
 def test_help_is_the_default_and_lists_every_target(make):
     shown = make().stdout
-    targets = "reproduce data bench test test-all test-faults audit lab lint lock clean"
+    targets = "reproduce data bench test test-all test-faults advisories lab lint lock clean"
     for target in targets.split():
         assert re.search(rf"^  {target} ", shown, re.M), target
     variables = "STUDY DATA DATASET JOBS DEVICE ONLY ENGINE ADOPT ENV PYTHON TORCH_INDEX"

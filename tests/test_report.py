@@ -329,9 +329,11 @@ def test_remarks_tell_what_hinders_a_comparison():
     vnet, mlrpl = asked
     asked += [run.model_copy(update={"labelled": 3}) for run in asked] + [vnet.model_copy(update={"ablation": "a"})]
     runs = pd.DataFrame({"commit": ["abc", "abc+changes", "abc"], "precision": ["float32", "bfloat16", "float32"]})
+    runs["device"] = ["CPU: A", "CPU: B", "CPU: A"]
     runs = runs.assign(title=[vnet.title, mlrpl.title, vnet.title], labelled=[2, 2, 3])
     said = remarks(asked, runs)
     assert "3 of 5 runs finished. None yet of these: with 3 labelled MLRPL. " in said
     assert "1 run made with uncommitted changes" in said
-    assert "different precisions** (2 in float32, 1 in bfloat16)" in said
+    assert "different precisions** (2 runs: float32; 1 run: bfloat16)" in said
+    assert "several names (2 runs: CPU: A; 1 run: CPU: B)" in said
     assert remarks([vnet, asked[2]], runs.iloc[[0, 2]]) == ""

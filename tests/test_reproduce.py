@@ -192,6 +192,15 @@ def test_the_command_says_where_the_report_is_and_prints_the_table(tiny):
     assert [("V-Net" in row, "MLRPL" in row) for row in rows[2:]] == [(True, False), (False, True), (False, True)]
 
 
+def test_all_that_computes_has_the_device_that_was_asked_for(tiny):
+    """Also the report, which computes a case's maps: another GPU may be full, or another's alone."""
+    notebooks = [*(tiny.folder / "runs/tiny").rglob("0[237]-*.ipynb")]
+    assert {path.stem for path in notebooks} == {"02-train", "03-evaluate", "07-explore"}
+    for path in notebooks:
+        assert read_json(path)["metadata"]["papermill"]["parameters"]["DEVICE"] == "cpu"
+    assert "on cpu; runs at a time: " in tiny.said
+
+
 def test_the_results_folder_holds_rows_tables_figures_and_pages(tiny):
     made = set(files(tiny.folder / "results"))
     assert {f"tiny/{name}.csv" for name in ("metrics", "runs", "curves", "checks", "audit")} <= made

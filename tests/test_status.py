@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch) -> Workplace:
 
 
 def test_nothing_run_yet_is_said(place):
-    with pytest.raises(StudyError, match="study stands: nothing in runs/ yet; type mlrpl reproduce"):
+    with pytest.raises(StudyError, match="study stands: nothing in runs/ yet; type mlrpl reproduce stands"):
         standings(place)
 
 

@@ -71,9 +71,9 @@ def _measured(method: str, size: Size, device: str, repeats: int) -> dict[str, A
             process.kill()
     output, errors = process.communicate()
     if process.returncode:
-        reason = (errors.strip().splitlines() or ["it ended without a word"])[-1]
-        if "out of memory" in reason or "can't allocate memory" in reason:
+        if "out of memory" in errors or "can't allocate memory" in errors:
             return {"note": "needs more memory than was free"}
+        reason = (errors.strip().splitlines() or ["it ended without a word"])[-1]
         raise StudyError(f"bench: a step of {method} failed: {reason}")
     return {**json.loads(output.splitlines()[-1]), "note": ""}
 

@@ -68,7 +68,7 @@ class Decathlon:
         self._check_list(description)
         training, testing = (self._cases(part) for part in ("Tr", "Ts"))
         if not training:
-            raise StudyError(f"{root}: no NIfTI image in imagesTr; give the folder that holds dataset.json, imagesTr")
+            raise StudyError(f"{root}: no NIfTI image in imagesTr; give the folder that holds imagesTr")
         for case in sorted(training.keys() & testing.keys()):
             self._reject(case, f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
             del testing[case]

@@ -41,6 +41,7 @@ SOURCES: dict[str, type[Source]] = {
     "decathlon": Decathlon,
 }
 WORKERS = 4  # at most: each holds a few volumes
+AS_OPTION = "DATA=/path (make), --data (mlrpl reproduce) or --source (mlrpl prepare)"
 
 
 def prepare(
@@ -84,7 +85,7 @@ def prepare(
             return _open_without_source(dataset.name, folder, settings)
         root = Path(source)
         if not root.is_dir():
-            raise StudyError(f"{root}: no such folder; give the folder of the {dataset.name} dataset as DATA=/path")
+            raise StudyError(f"{root}: no such folder; give that of the dataset {dataset.name}, {AS_OPTION}")
     reader = kind(options, root)
     if not any(entry.split == "train" for entry in reader.entries):
         raise StudyError(f"dataset {dataset.name}: no training case; a study needs training cases")
@@ -108,11 +109,11 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 def _open_without_source(name: str, folder: Path, settings: dict[str, Any]) -> Store:
     if not folder.exists():
-        raise StudyError(f"dataset {name} needs DATA=/path: the folder that holds its files")
+        raise StudyError(f"dataset {name} is not prepared yet: give the folder that holds its files, {AS_OPTION}")
     store = open_store(folder)
     if any(store.index["settings"].get(key) != value for key, value in settings.items()):
         raise StudyError(
-            f"{folder} was prepared with other settings; dataset {name} needs DATA=/path to prepare it again"
+            f"{folder} was prepared with other settings; to prepare dataset {name} again give its folder, {AS_OPTION}"
         )
     return store
 
