@@ -24,7 +24,7 @@ from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
 from mlrpl.precision import Precision, choose_precision, exact
-from mlrpl.reliability import mutual_loss
+from mlrpl.reliability import entropy, mutual_loss
 from mlrpl.training import make_optimizer, optimise, seed_iteration, stage, to_device
 
 FLOAT32 = Precision("float32")
@@ -202,6 +202,10 @@ def mutual_losses(size: Size, device: torch.device, goal: float | None = None) -
     random = torch.Generator().manual_seed(2)
     shape = (sum(size.batch), size.classes, *size.patch)
     maps = [2 * torch.randn(shape, generator=random).to(device) for _ in size.upsamplings]
+    # Which decoder is the surer one must not be a matter of rounding: where two are about equal, they are set apart.
+    entropies = torch.stack([entropy(z.double().softmax(1)) for z in maps]).sort(0).values
+    tied = (entropies.diff(dim=0) < 1e-5).any(0).unsqueeze(1)
+    maps = [torch.where(tied, z * (1 + k), z) for k, z in enumerate(maps)]
     features = [
         torch.randn(shape[0], size.filters, *size.patch, generator=random).relu().to(device) for _ in size.upsamplings
     ]
