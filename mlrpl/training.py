@@ -79,7 +79,8 @@ def name_device(name: str | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise _unusable(name, error) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # PyTorch takes 999 for -25.
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         found = counted(torch.cuda.device_count(), "GPU")
         raise StudyError(f"device {name!r} cannot be used: PyTorch finds {found} here")
     return device
@@ -95,7 +96,7 @@ def find_device(name: str | None = None) -> torch.device:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise _unusable(str(device), error) from None
+        raise _unusable(name or str(device), error) from None
     return device
 
 
