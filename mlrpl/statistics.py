@@ -13,16 +13,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy import stats
 
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
+from mlrpl.figures import WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import comparison, per_seed
 
 LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
 REFERENCE = "MLRPL"
+LINEAR = 5  # points of Dice, of the figure of differences
+TICKS = (-50, -20, -5, -2, 0, 2, 5, 20, 50)
 SEED_MARK = {"marker": "|", "linestyle": "", "markersize": 7, "markeredgewidth": 1, "color": "0.25", "zorder": 3}
 
 
@@ -234,7 +236,8 @@ def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
 def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure | None:
     """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
 
-    None where there is nothing to compare with it.
+    The axis is linear up to `LINEAR` points and logarithmic beyond: a method that fails must not hide what others
+    differ by. None where there is nothing to compare with it.
     """
     rows = table[table["difference"].notna()]
     groups = list(rows.groupby("labelled"))
@@ -259,8 +262,11 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
         ax.tick_params(axis="y", length=0)
         ax.grid(False, axis="y")
         ax.set_title(f"{labelled} labelled", loc="left")
-    axes[-1].set_xlabel(f"difference to {reference} ({heading})")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
+    axes[-1].set_xlabel(f"difference to {reference} ({heading}; logarithmic beyond ±{LINEAR})")
+    axes[-1].xaxis.set_major_locator(FixedLocator(TICKS))
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes[-1].xaxis.set_minor_locator(NullLocator())
     mark = Line2D(
         [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean, 95 % interval over cases"
     )

@@ -136,6 +136,16 @@ def test_the_figure_shows_every_difference_with_its_p():
     assert axes.texts[0].get_text() == f"p = {probability(table.iloc[1]['p_holm'])}"
 
 
+def test_a_method_that_fails_does_not_hide_what_others_differ_by():
+    random = np.random.default_rng(3)
+    ours = random.uniform(0.7, 0.9, 9)
+    near = ours - 0.02 + 0.01 * random.random(9)
+    figure = differences(summary(*study({"MLRPL": ours, "Near": near, "Failed": ours - 0.6 + 0.01 * random.random(9)})))
+    (axes,) = figure.axes
+    place, zero = (axes.transData.transform((x, 0))[0] for x in (100 * (near - ours).mean(), 0))
+    assert zero - place > 0.05 * axes.bbox.width
+
+
 def test_p_is_printed_as_journals_do():
     assert [probability(p) for p in (0.0001, 0.0312, np.nan)] == ["<0.001", "0.031", "—"]
     assert statistics.REFERENCE == "MLRPL"
