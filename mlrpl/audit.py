@@ -35,7 +35,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
-from mlrpl.data import Batches
+from mlrpl.data import Ahead, Batches
 from mlrpl.errors import StudyError
 from mlrpl.losses import hard_labels
 from mlrpl.reliability import WEIGHTINGS, select, weigh
@@ -73,7 +73,7 @@ class Audit:
         StudyError: where no unlabelled case has a label.
 
     Attributes:
-        seconds: spent in audits so far.
+        seconds: that training waited for audits so far.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Audit:
             raise StudyError("an audit needs unlabelled training cases whose labels are known; drop `audit`")
         self.every, self.batches, self.labels, self.classes, self.add = every, batches, labels, tuple(classes), add
         self.seconds = seconds
+        self.references = Ahead(self._reference, stride=every)
 
     @contextmanager
     def observing(self, network: nn.Module, iteration: int) -> Iterator[None]:
@@ -119,15 +120,23 @@ class Audit:
             logits: of each decoder (N, C, x, y, z).
             features: of each decoder (N, F, x, y, z).
         """
-        crops = self.batches.unlabelled_crops(iteration, self.labels, OUTSIDE)
-        places = [n - len(crops) for n, crop in enumerate(crops) if crop is not None]
+        places, reference, distances = self.references(iteration)
         if not places:
             return []
-        reference = np.stack([crop for crop in crops if crop is not None])
         places = [len(logits[0]) + place for place in places]
         probabilities = [z[places].float().softmax(1) for z in logits]
-        counts = count_pairs(probabilities, [f[places] for f in features], reference)
+        counts = count_pairs(probabilities, [f[places] for f in features], reference, distances)
         return rows(*counts, self.classes)
+
+    def _reference(self, iteration: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Places in the batch, counted from its end, of crops with a hidden label; their labels; their distances.
+
+        Distances take long, and need nothing of the network: they are worked out beside the training.
+        """
+        crops = self.batches.unlabelled_crops(iteration, self.labels, OUTSIDE)
+        places = [n - len(crops) for n, crop in enumerate(crops) if crop is not None]
+        known = [crop for crop in crops if crop is not None]
+        return places, np.array(known), np.array([boundary_distance(label) for label in known])
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
@@ -145,7 +154,7 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
 
 
 def count_pairs(
-    probabilities: Sequence[Tensor], features: Sequence[Tensor], reference: np.ndarray
+    probabilities: Sequence[Tensor], features: Sequence[Tensor], reference: np.ndarray, distances: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Count voxels by all that rows are made from, summed over the ordered pairs of decoders.
 
@@ -153,6 +162,7 @@ def count_pairs(
         probabilities: of each decoder (N, C, x, y, z).
         features: of each decoder (N, F, x, y, z).
         reference: hidden labels (N, x, y, z); voxels that are `OUTSIDE` are not counted.
+        distances: each of `boundary_distance`.
 
     Returns:
         By measure, voxels by (kept by WR, decoders disagree, class, distance, correct, level of the weight); and voxels
@@ -161,7 +171,6 @@ def count_pairs(
     device, classes = probabilities[0].device, probabilities[0].shape[1]
     inside = torch.from_numpy(reference != OUTSIDE).to(device)
     truth = torch.from_numpy(reference.astype(np.int64)).to(device)[inside]
-    distances = np.stack([boundary_distance(label) for label in reference])
     distance = torch.from_numpy(np.digitize(distances, DISTANCES[1:])).to(device)[inside]
     thresholds = torch.tensor(THRESHOLDS, device=device)
     maps = [hard_labels(p) for p in probabilities]

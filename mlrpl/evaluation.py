@@ -8,13 +8,17 @@ both.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlrpl.config import Run
@@ -32,6 +36,8 @@ PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, d
 
 
 OWN = "decoder1-own"
+OWN_WINDOWS = 4
+WINDOWS = defaultdict(lambda: OWN_WINDOWS, cuda=8)  # predicted at once, by kind of device
 
 
 @contextmanager
@@ -59,9 +65,12 @@ def predicting(
     """Within, the method is in evaluation mode; yields windows (n, channels, *patch) -> (n, outputs × C, *patch)."""
 
     def predict(windows: Tensor) -> Tensor:
+        given = len(windows)
+        if method.compiled:  # for this many, and would be again for fewer
+            windows = F.pad(windows, (0,) * 9 + (WINDOWS[device.type] - given,))
         windows = windows.to(memory_format=torch.channels_last_3d)
         with computing(device, precision):
-            return torch.cat(method.predict(windows, tuple(outputs)), dim=1)
+            return torch.cat(method.predict(windows, tuple(outputs)), dim=1)[:given]
 
     training = method.training
     method.eval()
@@ -72,12 +81,21 @@ def predicting(
 
 
 def predict_case(
-    method: Method, case: Case, outputs: Sequence[str], device: torch.device, precision: Precision
+    method: Method,
+    case: Case,
+    outputs: Sequence[str],
+    device: torch.device,
+    precision: Precision,
+    batch: int | None = None,
 ) -> Tensor:
-    """Class probabilities (outputs, C, x, y, z) of one volume, by sliding window; all outputs come from one pass."""
-    settings = method.settings
+    """Class probabilities (outputs, C, x, y, z) of one volume, by sliding window; all outputs come from one pass.
+
+    `batch` windows are predicted at once; by default as many as the device likes.
+    """
+    settings, batch = method.settings, batch or WINDOWS[device.type]
     with predicting(method, outputs, device, precision) as predict:
-        stacked = sliding_window(predict, torch.from_numpy(case.image).to(device), settings.patch, settings.stride)
+        image = torch.from_numpy(case.image).to(device)
+        stacked = sliding_window(predict, image, settings.patch, settings.stride, batch)
     return stacked.unflatten(0, (len(outputs), method.num_classes))
 
 
@@ -123,29 +141,30 @@ def evaluate(
         Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN
         where a mask is empty.
     """
-    rows, label_maps = [], {}
+    rows: list[dict[str, Any]] = []
+    measuring: list[tuple[dict[str, Any], Future[dict[str, float]]]] = []  # of one case, while the next is predicted
+    label_maps = {}
     cases = store.ids("test")
-    for s, (selection, content) in enumerate(weights.items()):
-        method.load_state_dict(content["method"])
-        precision = Precision(content["precision"])
-        for n, case_id in enumerate(cases):
-            case = store.load(case_id)
-            probabilities = predict_case(method, case, method.outputs, device, precision)
-            maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
-            if selection == "last":
-                label_maps[case_id] = maps["decoder1"].astype(np.uint8)
-                # A bottleneck of one voxel has no statistics of its own.
-                if _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
-                    with own_statistics(method):
-                        alone = predict_case(method, case, ("decoder1",), device, precision)
-                    maps[OWN] = hard_labels(alone)[0].cpu().numpy()
-            for output, predicted in maps.items():
-                for c, name in enumerate(store.classes[1:], start=1):
-                    measured = case_metrics(
-                        predicted == c, case.label == c, case.spacing if distances == "mm" else None
-                    )
-                    rows.append(
-                        {
+    with ThreadPoolExecutor(run.settings.threads) as pool:
+        for s, (selection, content) in enumerate(weights.items()):
+            method.load_state_dict(content["method"])
+            precision = Precision(content["precision"])
+            for n, case_id in enumerate(cases):
+                case = store.load(case_id)
+                probabilities = predict_case(method, case, method.outputs, device, precision)
+                maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
+                if selection == "last":
+                    label_maps[case_id] = maps["decoder1"].astype(np.uint8)
+                    # A bottleneck of one voxel has no statistics of its own.
+                    if _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
+                        with own_statistics(method):
+                            alone = predict_case(method, case, ("decoder1",), device, precision, OWN_WINDOWS)
+                        maps[OWN] = hard_labels(alone)[0].cpu().numpy()
+                rows += _measured(measuring)
+                measuring = []
+                for output, predicted in maps.items():
+                    for c, name in enumerate(store.classes[1:], start=1):
+                        facts = {
                             "study": run.study,
                             "method": run.method,
                             "variant": run.variant,
@@ -156,14 +175,20 @@ def evaluate(
                             "case": case_id,
                             "class": name,
                             **({} if run.fold is None else {"fold": run.fold}),
-                            **measured,
                         }
-                    )
-            if watch:
-                watch(s * len(cases) + n + 1, len(weights) * len(cases))
+                        spacing = case.spacing if distances == "mm" else None
+                        metrics = pool.submit(case_metrics, predicted == c, case.label == c, spacing)
+                        measuring.append((facts, metrics))
+                if watch:
+                    watch(s * len(cases) + n + 1, len(weights) * len(cases))
+        rows += _measured(measuring)
     frame = pd.DataFrame(rows)
     with atomic(folder / PREDICTIONS) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **label_maps)
     with atomic(folder / "metrics.csv") as partial:
         frame.to_csv(partial, index=False, float_format="%.6g")
     return frame
+
+
+def _measured(waiting: Iterable[tuple[dict[str, Any], Future[dict[str, float]]]]) -> list[dict[str, Any]]:
+    return [{**facts, **metrics.result()} for facts, metrics in waiting]

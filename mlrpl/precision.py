@@ -60,6 +60,17 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _as_it_comes() -> Iterator[None]:
+    """What is done once within is not worth cuDNN's search for the fastest way, which takes seconds a layer."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def fastest(device: torch.device) -> str:
     """Name of the precision that this hardware has instructions for."""
     if device.type == "cuda":
@@ -120,7 +131,7 @@ def worst_layer(
         module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.__setitem__(name, inputs[0].shape))
         for name, module in convolutions.items()
     ]
-    with torch.inference_mode():
+    with torch.inference_mode(), _as_it_comes():
         probe(torch.zeros(1, network.encoder.stages[0][0].in_channels, *patch, device=device))
     for hook in hooks:
         hook.remove()
@@ -132,7 +143,7 @@ def worst_layer(
             continue
         seen.add(kind)
         image = torch.randn(shape, device=device).to(memory_format=torch.channels_last_3d)
-        with exact():
+        with exact(), _as_it_comes():
             expected = _layer(module, image, torch.float32)
         for ours, reference in zip(_layer(module, image, dtype), expected, strict=True):
             error = ((ours - reference).norm() / reference.norm()).item()

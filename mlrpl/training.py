@@ -8,6 +8,7 @@ A run's folder: checkpoint.pt (to resume from), log.csv (a row an iteration), ch
 audit.csv (where the study asks for an audit), last.pt and published.pt (weights), progress.json (for whoever watches).
 """
 
+import copy
 import csv
 import io
 import math
@@ -56,6 +57,8 @@ LOG_COLUMNS = (
 CHECK_COLUMNS = ("iteration", "dice")
 CHECKPOINT_SECONDS = 60  # at most so much work is lost; its timing changes no result
 PROGRESS_SECONDS = 2
+AHEAD = 3  # batches that a GPU finds ready
+COMPILED_FROM = 5000  # iterations: torch.compile takes a minute, a step on a GPU then two thirds
 
 
 @dataclass(frozen=True)
@@ -311,19 +314,23 @@ class Trainer:
         tune(device)
         self.method = make_method(run, store, device)
         self.batches = make_batches(run, store, self.method)
-        self.staged = Ahead(lambda iteration: stage(self.batches(iteration), device))
+        self.staged = Ahead(
+            lambda iteration: stage(self.batches(iteration), device), AHEAD if device.type == "cuda" else 1
+        )
         self.checks = [store.load(case) for case in check_cases(store)]
         self.optimizer = make_optimizer(self.method)
         self.iteration = 0
         self.best = -1.0
+        self.published: dict[str, Any] | None = None  # weights of the best check
         self.seconds = self.audit_seconds = 0.0
         self.peak_memory_mb = 0
-        self.best_at = 0
         self.began_with = {**environment(), "device": device_name(device)}
         self.continued_with: list[dict[str, Any]] = []
         self.precision = Precision("float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
+        if device.type == "cuda" and run.settings.iterations - self.iteration >= COMPILED_FROM:
+            self.method.compile_parts()
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
         self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)
         self.check_log = Log(folder / "checks.csv", CHECK_COLUMNS, self.iteration, board)
@@ -368,15 +375,13 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
-        self.best_at = state.get("best_at", 0)
+        self.published = state["published"]
         self.audit_seconds = state.get("audit_seconds", 0.0)
         self.peak_memory_mb, now = state["peak_memory_mb"], self.began_with
         self.began_with, self.continued_with = state["began_with"], list(state.get("continued_with", []))
         before = self.began_with | (self.continued_with[-1] if self.continued_with else {})
         if other := {name: value for name, value in now.items() if before.get(name) != value}:
             self.continued_with.append({"from_iteration": self.iteration, **other})
-        if self.best_at == self.iteration > 0:  # the kill may have come before published.pt was written
-            save(self.folder / "published.pt", self._weights())
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One step of training, that of the iteration given (from 1); returns its terms, still on the device."""
@@ -418,7 +423,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
-                "best_at": self.best_at,
+                "published": self.published,
                 "seconds": self.seconds,
                 "audit_seconds": self.audit.seconds if self.audit else 0.0,
                 "peak_memory_mb": self.peak_memory_mb,
@@ -431,12 +436,9 @@ class Trainer:
         dice = test_dice(self.method, self.checks, self.device, self.precision)
         self.check_log.add(iteration=self.iteration, dice=dice)
         if dice > self.best:
-            # The checkpoint first. A kill between the two leaves a checkpoint that holds the very weights that
-            # published.pt lacks. The other way round, published.pt would be ahead of the checkpoint, and a GPU, where
-            # iterations done again give slightly other weights, might never write it again.
-            self.best, self.best_at = dice, self.iteration
-            self._checkpoint()
-            save(self.folder / "published.pt", self._weights())
+            # In the checkpoint, not in a file ahead of it: a GPU, where iterations done again give slightly other
+            # weights, might never reach that Dice again.
+            self.best, self.published = dice, copy.deepcopy(self._weights())
         return dice
 
     def train(self, watch: Callable[[Progress], None] | None = None) -> dict[str, Any]:
@@ -486,10 +488,13 @@ class Trainer:
                 )
         if self.best < 0:  # a run too short for any check
             self._check()
+            self._checkpoint()
+        save(self.folder / "published.pt", self.published)
         save(self.folder / "last.pt", self._weights())
         return {
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
+            "compiled": self.method.compiled,
             "parameters": count_parameters(self.method),
             "seconds": round(self.seconds, 1),
             **({"audit_seconds": round(self.audit.seconds, 2)} if self.audit else {}),

@@ -83,7 +83,8 @@ def batch(request):
 
 @pytest.fixture(scope="module")
 def table(batch) -> pd.DataFrame:
-    return pd.DataFrame(rows(*count_pairs(*batch), CLASSES))
+    distances = np.stack([boundary_distance(label) for label in batch[2]])
+    return pd.DataFrame(rows(*count_pairs(*batch, distances), CLASSES))
 
 
 def one(table: pd.DataFrame, **where: str) -> pd.Series:

@@ -179,8 +179,8 @@ def undisturbed(store, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("moment", "at", "rows"), [
     ("step", 13, 12),  # after an optimiser step, between two checkpoints
     ("log", 9, 9),  # the log is written, its checkpoint is not
+    ("save", 9, 9),  # a checkpoint is written, and nothing after it
     ("write", 15, 15),  # a checkpoint is half-written
-    ("save", 4, 4),  # the checkpoint of a better check is written, published.pt is not
     ("step", 2, 0),  # before the first checkpoint
 ], ids=str)  # fmt: skip
 @pytest.mark.fault("kill -9 in train")
@@ -189,7 +189,6 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(store, undisturbe
     killed_child(example(iterations=20), store, folder, moment, at)
     assert not (folder / "last.pt").exists()
     assert len(read_log(folder / "log.csv")) == rows
-    assert (folder / "published.pt").exists() == (at >= 4 and moment != "save")
     assert (folder / "checkpoint.pt").exists() == (at > 3)
     for partial in folder.glob(".*.partial"):  # what the study clears away before a run goes on
         partial.unlink()
@@ -197,18 +196,20 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(store, undisturbe
     assert_undisturbed(folder, undisturbed)
 
 
-def test_published_weights_are_right_where_iterations_done_again_would_differ(store, tmp_path, monkeypatch):
+def test_published_weights_are_right_where_iterations_done_again_would_differ(
+    store, tmp_path, monkeypatch, checkpoints_every
+):
     """As on a GPU: the check that was best before the kill is not the best when it is done again."""
-    run, scores, write = example(iterations=8), {4: 0.5, 8: 0.1}, training.save
+    checkpoints_every(5)
+    run, scores, step = example(iterations=8), {4: 0.5, 8: 0.1}, Trainer.step
     monkeypatch.setattr(training, "test_dice", lambda *_: scores[trainer.iteration])
-    killed = lambda path, content: 1 / 0 if path.name == "published.pt" else write(path, content)  # noqa: E731
-    monkeypatch.setattr(training, "save", killed)
+    monkeypatch.setattr(Trainer, "step", lambda self, k: step(self, k) if k < 7 else 1 / 0)
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert not (tmp_path / "published.pt").exists()
-    best = weights(tmp_path / "checkpoint.pt")
-    monkeypatch.setattr(training, "save", write)
+    best = trainer.published["method"]
+    monkeypatch.setattr(Trainer, "step", step)
     scores[4] = 0.05
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     trainer.train()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mlrpl.config import Settings
 from mlrpl.data import Batch
 from mlrpl.losses import consistency_weight, hard_labels
-from mlrpl.networks import VNet
+from mlrpl.networks import Decoder, Encoder, VNet
 
 OUTPUTS = ("decoder1", "mean")
 
@@ -47,6 +47,7 @@ class Method(nn.Module):
     outputs: ClassVar[tuple[str, ...]] = OUTPUTS
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     network: VNet
+    compiled = False
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -68,6 +69,17 @@ class Method(nn.Module):
     def make_network(self, upsamplings: tuple[str, ...]) -> VNet:
         """A V-Net of the study's width with one decoder for each up-sampling."""
         return VNet(self.in_channels, self.num_classes, self.settings.filters, upsamplings)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Have torch.compile make one program of each encoder and each decoder; `options` are its.
+
+        A program a batch size: one for all of them would be slower. What the compiler cannot do runs as it did before.
+        """
+        torch._dynamo.config.suppress_errors = True
+        for part in self.modules():
+            if isinstance(part, Encoder | Decoder):
+                part.compile(dynamic=False, **options)
+        self.compiled = True
 
     def beta(self, step: Step) -> float:
         """The unsupervised term's weight at this step."""

@@ -8,7 +8,7 @@ One encoder, two decoders that differ in how they up-sample. Total loss (paper, 
 L_sup: Dice loss of each decoder on the labelled half, summed. L_mut: `mlrpl.reliability.mutual_loss` on all volumes.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,8 +55,14 @@ class MLRPL(Method):
         self.network = self.make_network(tuple(upsamplings))
         self.gamma = gamma
         self.reliability = {"selection": selection, "weighting": weighting, "threshold": threshold}
+        self.mutual_loss = mutual_loss
         voxel = [torch.zeros(1, num_classes, 1, 1, 1)] * 2
         mutual_loss(voxel, voxel, **self.reliability)  # a wrong option is told now, not hours later
+
+    def compile_parts(self, **options: Any) -> None:
+        """As every method's, and the mutual loss."""
+        super().compile_parts(**options)
+        self.mutual_loss = torch.compile(mutual_loss, dynamic=False, **options)
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """γ L_sup + β L_mut. The mutual loss is measured in the control too, where β is 0."""
@@ -65,7 +71,7 @@ class MLRPL(Method):
         supervised = sum(dice_loss(z[:labelled].float().softmax(1), batch.label) for z in logits)
         beta = self.beta(step)
         with torch.set_grad_enabled(beta > 0):
-            mutual = mutual_loss(logits, features, **self.reliability)
+            mutual = self.mutual_loss(logits, features, **self.reliability)
         return {
             "total": self.gamma * supervised + beta * mutual,
             "supervised": supervised,
