@@ -37,7 +37,7 @@ class Cost:
         runs: how many there are.
         left: how many of them are not finished.
         step_s: seconds of a training step.
-        train_s: of all steps of a run.
+        train_s: of all steps of a run, compilation included where there is one.
         check_s: of a run's checks, the published protocol's.
         test_s: of predicting the test cases with both selections' weights.
         precision: that they train in.
@@ -87,7 +87,7 @@ def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device
     with TemporaryDirectory() as folder:
         trainer = Trainer(run, store, Path(folder), job.key, device)
         first = run.settings.ramp_iterations  # when every term is at work
-        trainer.step(first)
+        begun_s = seconds(lambda: trainer.step(first), device)  # on a GPU it may compile first
         step_s = _step_seconds(lambda done: trainer.step(first + 1 + done), device)
     settings, method = run.settings, trainer.method
     test, checked = _windows(store, store.ids("test"), method), _windows(store, check_cases(store), method)
@@ -100,7 +100,7 @@ def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device
         runs=runs,
         left=left,
         step_s=step_s,
-        train_s=step_s * settings.iterations,
+        train_s=begun_s + step_s * (settings.iterations - 1),
         check_s=one * checked * checks,
         test_s=test * (one + len(SELECTIONS) * every),  # once more with each volume's own statistics
         precision=trainer.precision.name,

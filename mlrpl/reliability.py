@@ -95,15 +95,22 @@ def prototype_similarity(features: Tensor, pseudo_labels: Tensor, num_classes: i
     """
     flat = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
     member = one_hot(pseudo_labels, num_classes).to(flat.dtype).flatten(2)
-    # A GPU's matrix product leaves a sum over a million voxels to a handful of threads (H200: 29 ms, in pieces 0.2 ms).
-    pieces = (gcd(flat.shape[2], PIECES) if flat.is_cuda else 1, -1)
     # Two small matrix products in place of an (N, C, F, x, y, z) tensor; not in float16, in which a sum over a
     # volume's voxels is infinite.
     with torch.autocast(features.device.type, enabled=False):
-        sums = (member.unflatten(2, pieces).transpose(1, 2) @ flat.transpose(1, 2).unflatten(1, pieces)).sum(1)
+        sums = _class_sums(member, flat, gcd(flat.shape[2], PIECES) if flat.is_cuda else 1)
         prototypes = sums / (member.sum(2, keepdim=True) + EPSILON)
         similarity = F.normalize(prototypes, dim=2, eps=1e-8) @ flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
     return similarity.unflatten(2, features.shape[2:])
+
+
+def _class_sums(member: Tensor, features: Tensor, pieces: int) -> Tensor:
+    """Sums (N, C, F) of features (N, F, voxels) over each class's members (N, C, voxels), one product a piece.
+
+    A GPU's matrix product leaves a sum over a million voxels to a handful of threads: 29 ms on an H200, in pieces 0.2.
+    """
+    voxels = features.transpose(1, 2)
+    return (member.unflatten(2, (pieces, -1)).transpose(1, 2) @ voxels.unflatten(1, (pieces, -1))).sum(1)
 
 
 def weigh(weighting: str, probabilities: Tensor, features: Tensor, pseudo_labels: Tensor) -> Tensor:

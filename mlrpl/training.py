@@ -114,6 +114,11 @@ def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(int(states[1]))
 
 
+def compilation_pays(device: torch.device, iterations: int) -> bool:
+    """Whether so many iterations there save what torch.compile takes."""
+    return device.type == "cuda" and iterations >= COMPILED_FROM
+
+
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
     """Rate of iteration k of K: base; "poly": × (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations."""
     done = iteration - 1
@@ -329,7 +334,7 @@ class Trainer:
         self.precision = Precision("float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
-        if device.type == "cuda" and run.settings.iterations - self.iteration >= COMPILED_FROM:
+        if compilation_pays(device, run.settings.iterations - self.iteration):
             self.method.compile_parts()
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
         self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)

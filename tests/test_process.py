@@ -47,6 +47,21 @@ def test_the_next_value_is_made_in_a_thread_while_this_one_is_used():
     assert seen[2] is seen[10] is not threading.current_thread()
 
 
+def test_several_values_are_made_ahead_in_threads_of_their_own_and_none_twice():
+    made, all_at_work = [], threading.Barrier(3)
+
+    def make(k):
+        made.append(k)
+        if k in (5, 7, 9):
+            all_at_work.wait(60)  # each needs the two others at work
+        return -k
+
+    ahead = Ahead(make, depth=3, stride=2)
+    assert [ahead(k) for k in (3, 5, 7)] == [-3, -5, -7]
+    ahead.threads.shutdown()
+    assert sorted(made) == [3, 5, 7, 9, 11, 13]
+
+
 def test_an_error_is_raised_where_the_value_is_asked_for():
     def make(k):
         if k == 2:

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from mlrpl.losses import dice_loss
-from mlrpl.reliability import WEIGHTINGS, entropy, mutual_loss, prototype_similarity, select, weigh
+from mlrpl.reliability import (
+    WEIGHTINGS,
+    _class_sums,
+    entropy,
+    mutual_loss,
+    prototype_similarity,
+    select,
+    weigh,
+)
 
 GOLDEN = sorted((Path(__file__).parent / "data").glob("mlrpl_*.npz"))
 
@@ -208,3 +216,18 @@ def test_wrong_names_are_named(kwargs: dict[str, str], message: str) -> None:
     logits, features = random_decoders()
     with pytest.raises(ValueError, match=message):
         mutual_loss(logits, features, **kwargs)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_class_sums_in_pieces_are_those_of_the_whole(last: bool) -> None:
+    """As a GPU adds them up."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 8, 4, 6, generator=generator)
+    if last:
+        features = features.to(memory_format=torch.channels_last_3d)
+    member = torch.rand(2, 3, 192, generator=generator).round()
+    expected = torch.stack(
+        [torch.stack([features[n].flatten(1)[:, member[n, c] > 0].sum(1) for c in range(3)]) for n in range(2)]
+    )
+    for pieces in (1, 2, 64):
+        assert torch.allclose(_class_sums(member, features.flatten(2), pieces), expected, atol=1e-5)

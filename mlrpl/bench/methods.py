@@ -108,7 +108,7 @@ def method_step(
     batch = stage(make_batch(method, size), device)
     precision = choose_precision("auto", method.network, size.patch, sum(size.batch), device)
     if compiled:
-        method.network.compile()
+        method.compile_parts()
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "float16")
     optimizer = make_optimizer(method)
     iteration = method.settings.ramp_iterations
@@ -136,7 +136,7 @@ def _plain_step(size: Size, device: torch.device) -> tuple[Callable[[], object],
 
 
 def compiled_step(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
-    """What torch.compile of MLRPL's network gives: seconds of the first step, compilation included, and of later ones.
+    """What MLRPL's `compile_parts` gives: seconds of the first step, compilation included, and of later ones.
 
     Where this machine cannot compile (its back end needs a C compiler), a note instead.
     """

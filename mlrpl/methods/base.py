@@ -34,6 +34,7 @@ class Method(nn.Module):
         needs_unlabelled: False for a method that also trains on a `batch` without unlabelled volumes.
         outputs: what `predict` offers, of `OUTPUTS`.
         unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
+        compiled: whether `compile_parts` was called.
 
     Args:
         settings: what the study sets.
@@ -73,13 +74,14 @@ class Method(nn.Module):
     def compile_parts(self, **options: Any) -> None:
         """Have torch.compile make one program of each encoder and each decoder; `options` are its.
 
-        A program a batch size: one for all of them would be slower. What the compiler cannot do runs as it did before.
+        A program a batch size: one for all of them would be slower. What the compiler cannot do runs as it did before;
+        with TORCH_COMPILE_DISABLE=1 in the environment, all does.
         """
         torch._dynamo.config.suppress_errors = True
         for part in self.modules():
             if isinstance(part, Encoder | Decoder):
                 part.compile(dynamic=False, **options)
-        self.compiled = True
+        self.compiled = not torch._dynamo.config.disable
 
     def beta(self, step: Step) -> float:
         """The unsupervised term's weight at this step."""
