@@ -67,7 +67,7 @@ def predicting(
     def predict(windows: Tensor) -> Tensor:
         given = len(windows)
         if method.compiled:  # for this many, and would be again for fewer
-            windows = F.pad(windows, (0,) * 9 + (WINDOWS[device.type] - given,))
+            windows = F.pad(windows, (0,) * 9 + (max(WINDOWS[device.type] - given, 0),))
         windows = windows.to(memory_format=torch.channels_last_3d)
         with computing(device, precision):
             return torch.cat(method.predict(windows, tuple(outputs)), dim=1)[:given]
