@@ -99,7 +99,8 @@ class Entry(Model):
     Attributes:
         variant: what tells this line from others of the same method ("mlrpl", "control", …).
         method: a key of `mlrpl.methods.METHODS`, or "module:Class" for one's own.
-        title: as tables and legends print it.
+        title: as tables and legends print it; what ends in a condition in brackets, "V-Net (instance norm)", is
+            compared with the MLRPL that ends alike, where there is one.
         labelled: numbers of labelled cases.
         seeds: instead of the study's.
         settings: instead of the study's, any of `Settings`.

@@ -68,7 +68,8 @@ curves are compared with the range of float32's seeds: the share of training tha
 and its single runs, spend within it, and what single runs would if precision made no difference."""
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
-one number of labelled cases. Final weights, decoder 1."""
+one number of labelled cases. What names a condition in brackets, such as instance norm, is compared with MLRPL under
+the same. Final weights, decoder 1."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."
 RELIABILITY = "AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."
 REPORTING = (

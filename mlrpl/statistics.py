@@ -5,7 +5,7 @@ times. What the seeds add is shown as their standard deviation. Bootstrap and Wi
 resampling starts from a fixed seed, so that a report does not change when it is made anew.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,20 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def reference_of(title: str, titles: Collection[str], reference: str = REFERENCE) -> str | None:
+    """What a title is compared with: the reference under the condition that both name in brackets, else the reference.
+
+    None where there is neither.
+
+    >>> reference_of("Control (instance norm)", ["MLRPL", "MLRPL (instance norm)"])
+    'MLRPL (instance norm)'
+    """
+    if title == reference:
+        return None
+    condition = title[title.rindex(" (") :] if " (" in title else ""
+    return next((name for name in (reference + condition, reference) if name in titles and name != title), None)
+
+
 def summary(
     metrics: pd.DataFrame,
     runs: pd.DataFrame,
@@ -110,7 +124,7 @@ def summary(
 
     Returns:
         ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
-        over seeds (NaN for one); where the reference has runs at that number and the title is another:
+        over seeds (NaN for one); where there is a ``reference`` at that number (:func:`reference_of`):
         ``difference`` (title − reference), the mean over the cases and seeds that both have, with and what else
         :func:`compared` gives, Wilcoxon's ``p``, and ``p_holm`` over the titles compared at that number. Dice and
         Jaccard in %.
@@ -133,18 +147,18 @@ def summary(
             facts = spread.loc[(labelled, title)]
             row = {"labelled": labelled, "title": title, "mean": np.nanmean(values), "low": low, "high": high}
             row |= {"sd": facts[f"{measure}_sd"], "seeds": facts["seeds"], "cases": np.count_nonzero(~np.isnan(values))}
-            if reference in titles and title != reference:
-                row |= compared(cases[title], cases[reference])
-                row["p"] = wilcoxon(paired(cases[title], cases[reference]))
+            if other := reference_of(title, titles, reference):
+                row |= {"reference": other, **compared(cases[title], cases[other])}
+                row["p"] = wilcoxon(paired(cases[title], cases[other]))
             rows.append(row)
-    columns = ["difference", "difference_low", "difference_high", "of_seeds", "higher", "common", "p"]
+    columns = ["reference", "difference", "difference_low", "difference_high", "of_seeds", "higher", "common", "p"]
     found = pd.DataFrame(rows)
     found = found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
     found["p_holm"] = found.groupby("labelled")["p"].transform(lambda p: holm(p.to_numpy()))
     return found
 
 
-def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = REFERENCE) -> pd.DataFrame:
+def formatted(table: pd.DataFrame, heading: str = "Dice (%)") -> pd.DataFrame:
     """`summary` as text."""
 
     def ranged(mean: float, low: float, high: float) -> str:
@@ -157,10 +171,11 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = R
             "Method": table["title"],
             f"{heading} [95 %]": [ranged(r["mean"], r["low"], r["high"]) for r in rows],
             "sd over seeds": ["—" if pd.isna(r["sd"]) else f"{r['sd']:.2f}" for r in rows],
-            f"Difference to {reference}, seed by seed [95 %]": [
+            "Compared with": table["reference"].fillna("—"),
+            "Difference, seed by seed [95 %]": [
                 ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
-            f"Seeds above {reference}": seeds_above(table),
+            "Seeds above": seeds_above(table),
             "p": table["p"].map(probability),
             "p (Holm)": table["p_holm"].map(probability),
             "Cases": table["cases"].astype(str),
@@ -263,7 +278,8 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
         ax.grid(False, axis="y")
         ax.set_title(f"{labelled} labelled", loc="left")
         ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
-    axes[-1].set_xlabel(f"difference to {reference} ({heading}; logarithmic beyond ±{LINEAR})")
+    under = " under the same condition" if rows["reference"].nunique() > 1 else ""
+    axes[-1].set_xlabel(f"difference to {reference}{under} ({heading}; logarithmic beyond ±{LINEAR})")
     axes[-1].xaxis.set_major_locator(FixedLocator(TICKS))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes[-1].xaxis.set_minor_locator(NullLocator())

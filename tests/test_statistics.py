@@ -108,7 +108,7 @@ def test_it_tells_where_seeds_contradict_a_small_p():
     metrics.loc[(metrics["method"] == "Fickle") & (metrics["seed"] == 1), "dice"] += 0.15
     table = summary(metrics, runs)
     assert (table["p_holm"].dropna() < 0.05).all()
-    assert formatted(table)["Seeds above MLRPL"].tolist() == ["—", "1 of 3", "0 of 3"]
+    assert formatted(table)["Seeds above"].tolist() == ["—", "1 of 3", "0 of 3"]
     assert "one seed is above the reference and another below: Fickle." in limits(table)
     (axes,) = differences(table).axes
     seeds = [line for line in axes.lines if line.get_marker() == "|"]
@@ -149,3 +149,26 @@ def test_a_method_that_fails_does_not_hide_what_others_differ_by():
 def test_p_is_printed_as_journals_do():
     assert [probability(p) for p in (0.0001, 0.0312, np.nan)] == ["<0.001", "0.031", "—"]
     assert statistics.REFERENCE == "MLRPL"
+
+
+def test_a_condition_in_brackets_is_compared_with_mlrpl_under_the_same():
+    random = np.random.default_rng(0)
+    base = random.uniform(0.3, 0.5, 9)
+    titles = {
+        "MLRPL": base,
+        "V-Net": base + 0.05,
+        "Control (β = 0)": base + 0.01,
+        "MLRPL (instance norm)": base + 0.3,
+        "V-Net (instance norm)": base + 0.1 * random.uniform(0.5, 1, 9),
+    }
+    table = summary(*study(titles)).set_index("title")
+    reference = dict(zip(titles, [None, "MLRPL", "MLRPL", "MLRPL", "MLRPL (instance norm)"], strict=True))
+    assert {
+        title: found if isinstance(found, str) else None for title, found in table["reference"].items()
+    } == reference
+    assert table.loc["V-Net (instance norm)", "difference"] < 0 < table.loc["V-Net", "difference"]
+    assert table.loc["MLRPL (instance norm)", "difference"] == pytest.approx(30)
+    shown = formatted(table.reset_index())
+    assert shown["Compared with"].tolist() == ["—", "MLRPL", "MLRPL", "MLRPL", "MLRPL (instance norm)"]
+    (axes,) = differences(table.reset_index()).axes
+    assert "under the same condition" in axes.get_xlabel()
