@@ -158,24 +158,26 @@ def summary(
     return found
 
 
-def formatted(table: pd.DataFrame, heading: str = "Dice (%)") -> pd.DataFrame:
+def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = REFERENCE) -> pd.DataFrame:
     """`summary` as text."""
 
     def ranged(mean: float, low: float, high: float) -> str:
         return "—" if pd.isna(mean) else f"{mean:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]")
 
     rows = table.to_dict("records")
+    several = table["reference"].nunique() > 1
+    to, above = ("", "") if several else (f" to {reference}", f" {reference}")
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
             f"{heading} [95 %]": [ranged(r["mean"], r["low"], r["high"]) for r in rows],
             "sd over seeds": ["—" if pd.isna(r["sd"]) else f"{r['sd']:.2f}" for r in rows],
-            "Compared with": table["reference"].fillna("—"),
-            "Difference, seed by seed [95 %]": [
+            **({"Compared with": table["reference"].fillna("—")} if several else {}),
+            f"Difference{to}, seed by seed [95 %]": [
                 ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
-            "Seeds above": seeds_above(table),
+            f"Seeds above{above}": seeds_above(table),
             "p": table["p"].map(probability),
             "p (Holm)": table["p_holm"].map(probability),
             "Cases": table["cases"].astype(str),
@@ -278,8 +280,8 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
         ax.grid(False, axis="y")
         ax.set_title(f"{labelled} labelled", loc="left")
         ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
-    under = " under the same condition" if rows["reference"].nunique() > 1 else ""
-    axes[-1].set_xlabel(f"difference to {reference}{under} ({heading}; logarithmic beyond ±{LINEAR})")
+    under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
+    axes[-1].set_xlabel(f"difference to {reference}{under}({heading}; logarithmic beyond ±{LINEAR})")
     axes[-1].xaxis.set_major_locator(FixedLocator(TICKS))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes[-1].xaxis.set_minor_locator(NullLocator())

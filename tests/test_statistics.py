@@ -108,7 +108,7 @@ def test_it_tells_where_seeds_contradict_a_small_p():
     metrics.loc[(metrics["method"] == "Fickle") & (metrics["seed"] == 1), "dice"] += 0.15
     table = summary(metrics, runs)
     assert (table["p_holm"].dropna() < 0.05).all()
-    assert formatted(table)["Seeds above"].tolist() == ["—", "1 of 3", "0 of 3"]
+    assert formatted(table)["Seeds above MLRPL"].tolist() == ["—", "1 of 3", "0 of 3"]
     assert "one seed is above the reference and another below: Fickle." in limits(table)
     (axes,) = differences(table).axes
     seeds = [line for line in axes.lines if line.get_marker() == "|"]
