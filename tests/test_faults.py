@@ -363,7 +363,10 @@ def test_disk_full_at_a_checkpoint_keeps_the_last_one(tmp_path, monkeypatch, sma
 
 FILLING = """
 import os
+from mlrpl import training
 from mlrpl.methods.vnet import SupervisedVNet
+
+training.CHECKPOINT_SECONDS = 0  # one an iteration
 
 class Filling(SupervisedVNet):
     def loss(self, batch, step):
@@ -400,7 +403,7 @@ def test_disk_full_while_training(small_disk):
     (folder,) = (disk / "runs/small").glob("vnet-1-s0-*")
     whole = {path.name for path in folder.iterdir() if path.stat().st_size}
     assert not whole & {"last.pt", "02-train.ipynb", "metrics.csv", "provenance.json"}
-    assert training.load(folder / "checkpoint.pt", torch.device("cpu"))["iteration"] == 2  # the first check's
+    assert training.load(folder / "checkpoint.pt", torch.device("cpu"))["iteration"] == 2  # the last that fitted
     json.loads((folder / "config.json").read_text())
     json.loads((folder / "progress.json").read_text())
     assert [path.name for path in disk.rglob("*.partial*")] == []
