@@ -141,6 +141,7 @@ def evaluate(
         Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN
         where a mask is empty.
     """
+    common = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
     rows: list[dict[str, Any]] = []
     measuring: list[tuple[dict[str, Any], Future[dict[str, float]]]] = []  # of one case, while the next is predicted
     label_maps = {}
@@ -164,18 +165,8 @@ def evaluate(
                 measuring = []
                 for output, predicted in maps.items():
                     for c, name in enumerate(store.classes[1:], start=1):
-                        facts = {
-                            "study": run.study,
-                            "method": run.method,
-                            "variant": run.variant,
-                            "labelled": run.labelled,
-                            "seed": run.seed,
-                            "selection": selection,
-                            "output": output,
-                            "case": case_id,
-                            "class": name,
-                            **({} if run.fold is None else {"fold": run.fold}),
-                        }
+                        facts = {**common, "selection": selection, "output": output, "case": case_id, "class": name}
+                        facts |= {} if run.fold is None else {"fold": run.fold}
                         spacing = case.spacing if distances == "mm" else None
                         metrics = pool.submit(case_metrics, predicted == c, case.label == c, spacing)
                         measuring.append((facts, metrics))
