@@ -18,7 +18,7 @@ from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
 from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace
-from mlrpl.tables import chosen, titled
+from mlrpl.tables import chosen, conditions, titled
 
 OURS, PAPER = "#D55E00", "#0072B2"
 
@@ -89,9 +89,10 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def caution(rows: pd.DataFrame) -> str:
-    """What cannot be concluded from a :func:`table`, in sentences."""
-    return limits(rows.assign(title=rows["variant"]))
+def caution(rows: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """What cannot be concluded from a :func:`table`, in sentences; `runs` are all of the results."""
+    named = set(", ".join(rows["runs"]).split(", "))
+    return f"{conditions(runs[runs['run'].isin(named)])}{limits(rows.assign(title=rows['variant']))}"
 
 
 def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:

@@ -55,9 +55,9 @@ among regular checks, as the literature reports it, so it is optimistic. Mean ov
 seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
 left out of the distances (the published code averages zeros there)."""
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
-of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Only steps of one machine compare,
-and one name may stand for several: the page *Speed* has all methods side by side. Passes without gradient count as
-volumes too."""
+of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from
+beginning to end have no undisturbed step. Only steps of one machine compare, and one name may stand for several: the
+page *Speed* has all methods side by side. Passes without gradient count as volumes too."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
@@ -471,17 +471,7 @@ def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
             said += f"None yet of these: {'; '.join(groups)}. "
     if dirty := runs["commit"].astype(str).str.endswith(CHANGED).sum():
         said += f"**{counted(dirty, 'run')} made with uncommitted changes** to the code; the list below marks them. "
-    if runs["precision"].nunique() > 1:
-        kinds = _kinds(runs["precision"])
-        said += f"**Trained in different precisions** ({kinds}), which may be part of what differs. "
-    if runs["device"].nunique() > 1:
-        kinds = _kinds(runs["device"])
-        said += f"Hardware goes by several names ({kinds}): where it differs indeed, runs do as with another seed. "
-    return said
-
-
-def _kinds(column: pd.Series) -> str:
-    return "; ".join(f"{counted(number, 'run')}: {name}" for name, number in column.value_counts().items())
+    return said + tables.conditions(runs)
 
 
 def _normalisation_section(table: pd.DataFrame) -> list[Section]:

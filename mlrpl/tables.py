@@ -16,6 +16,7 @@ from mlrpl.data import Store
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import OWN
 from mlrpl.files import atomic
+from mlrpl.words import counted
 
 RUN = ["study", "method", "variant", "labelled", "seed"]
 ROW = [*RUN, "selection", "output", "case", "class"]
@@ -220,7 +221,7 @@ def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], output: pd
 
 
 def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
-    """What a method's training step costs, in text: a row a title.
+    """What a method's training step costs, in text: a row a title and kind of device (CPUs, or a GPU by its name).
 
     No ratios: runs of one study may come from several machines. `mlrpl bench` times all methods side by side.
 
@@ -229,20 +230,42 @@ def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataF
             the least disturbed), ``device``, ``peak_memory_mb`` and ``parameters``.
         volumes: By run, see :func:`mlrpl.methods.volumes_a_step`.
     """
-    titles = runs.groupby("title", sort=False)
-    table = titles.agg({"step_seconds": "min", "peak_memory_mb": "max", "parameters": "first", "run": "first"})
-    fastest = runs.sort_values("step_seconds").drop_duplicates("title").set_index("title")
+    runs = runs.assign(
+        title=pd.Categorical(runs["title"], runs["title"].unique()),
+        kind=runs["device"].mask(runs["device"].str.startswith("CPU"), "CPU"),
+    )
+    first = runs.drop_duplicates("title").set_index("title")["run"]
+    groups = runs.sort_values("step_seconds").groupby(["title", "kind"], observed=True)
+    table = groups.agg(
+        {"step_seconds": "first", "device": "first", "peak_memory_mb": "max", "parameters": "first"}
+    ).reset_index()
     return pd.DataFrame(
         {
-            "Method": table.index,
-            "Seconds a step": table["step_seconds"].map("{:.3f}".format).to_list(),
-            "Measured on": fastest["device"][table.index].to_list(),
-            "Peak memory (MB)": table["peak_memory_mb"].map("{:.0f}".format).to_list(),
-            "Parameters": table["parameters"].map("{:,}".format).to_list(),
-            "Volumes through encoders": [str(volumes[run][0]) for run in table["run"]],
-            "Volumes through decoders": [str(volumes[run][1]) for run in table["run"]],
+            "Method": table["title"].astype(str),
+            "Seconds a step": table["step_seconds"].map("{:.3f}".format),
+            "Measured on": table["device"],
+            "Peak memory (MB)": table["peak_memory_mb"].map("{:.0f}".format),
+            "Parameters": table["parameters"].map("{:,}".format),
+            "Volumes through encoders": [str(volumes[first[title]][0]) for title in table["title"]],
+            "Volumes through decoders": [str(volumes[first[title]][1]) for title in table["title"]],
         }
     )
+
+
+def conditions(runs: pd.DataFrame) -> str:
+    """In what runs differ besides what is compared, precision and hardware, in Markdown; empty where in nothing."""
+    said = ""
+    if runs["precision"].nunique() > 1:
+        kinds = _kinds(runs["precision"])
+        said += f"**Trained in different precisions** ({kinds}), which may be part of what differs. "
+    if runs["device"].nunique() > 1:
+        kinds = _kinds(runs["device"])
+        said += f"Hardware goes by several names ({kinds}): where it differs indeed, runs do as with another seed. "
+    return said
+
+
+def _kinds(column: pd.Series) -> str:
+    return "; ".join(f"{counted(number, 'run')}: {name}" for name, number in column.value_counts().items())
 
 
 def difference(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:

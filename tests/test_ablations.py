@@ -149,8 +149,13 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     assert text["Loss"].tolist() == ["CE", "+ HR", "both (reference)"]
     assert text["Seeds above"].tolist() == ["0 of 2", "0 of 2", "—"]
     assert text["Runs"].iloc[1] == "parts-hr-4-s0, parts-hr-4-s1"
-    assert "2 seeds show a direction" in caution(rows.reset_index())
-    assert "With one seed (CE)" in caution(rows.reset_index().assign(seeds=[1, 3, 3]))
+    rows = rows.reset_index()
+    assert "2 seeds show a direction" in caution(rows, found.runs)
+    assert "With one seed (CE)" in caution(rows.assign(seeds=[1, 3, 3]), found.runs)
+    assert "precision" not in caution(rows, found.runs)
+    on_gpu = found.runs["run"] == "parts-hr-4-s0"
+    mixed = found.runs.assign(precision=on_gpu.map({True: "bfloat16", False: "float32"}))
+    assert "different precisions** (5 runs: float32; 1 run: bfloat16)" in caution(rows, mixed)
     other = table(found, study.ablations[1])
     assert formatted(other, study.ablations[1])["Paper: Dice (%)"].tolist() == ["—", "worse"]
 

@@ -244,6 +244,18 @@ def test_cost_is_a_row_a_method_with_the_machine_that_was_fastest(runs):
     assert set(late["Measured on"]) == {"CPU: old"}
 
 
+def test_cost_keeps_gpus_apart_from_cpus(runs):
+    """A GPU's seconds beside a CPU's memory would be nobody's cost."""
+    on_gpu = runs["seed"] == 2
+    runs = runs.assign(step_seconds=on_gpu.map({True: 0.04, False: 0.9}), parameters=9_448_866)
+    runs = runs.assign(peak_memory_mb=on_gpu.map({True: 300, False: 700}))
+    runs["device"] = on_gpu.map({True: "NVIDIA H200", False: "CPU: any (AVX2)"})
+    table = cost(runs, dict.fromkeys(runs["run"], (4, 8)))
+    rows = table[["Method", "Seconds a step", "Measured on", "Peak memory (MB)"]].values.tolist()
+    assert rows[:2] == [["V-Net", "0.900", "CPU: any (AVX2)", "700"], ["V-Net", "0.040", "NVIDIA H200", "300"]]
+    assert len(rows) == 6
+
+
 def test_a_step_is_timed_where_nothing_disturbed_it():
     """Two seconds a step, but for a third of them beside other work, for checks, and for a night of suspension."""
     steps = np.full(800, 2.0)
