@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, Normal, Stroke
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
@@ -35,6 +36,7 @@ from mlrpl.tables import chosen, comparison, per_case, titled
 WIDTH = 7.2  # inches, both columns
 HEIGHT = 9.4  # inches, a page
 TITLE = 0.3  # inches, above a row of image panels
+HINTED = 1.1  # small letters on a screen are wider than their outlines
 LETTERS = (7.5, 6.5, 5.5)  # points, of labels that must fit
 SCREEN = 130  # pixels an inch where a notebook or a page shows a figure
 DPI = 200  # of saved PNGs
@@ -670,8 +672,10 @@ def write_fitted(write: Callable[..., Any], text: str, room: float) -> None:
 
 
 def _length(text: str, size: float) -> float:
-    """Length of the longest line of a text in inches, roughly; ``size`` in points."""
-    return max(map(len, text.split("\n"))) * 0.62 * size / 72
+    """Length of the longest line of a text in inches, at most; ``size`` in points."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    outlines = (TextPath((0, 0), line, size).get_extents().width for line in lines)
+    return HINTED * max(outlines, default=0.0) / 72
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:

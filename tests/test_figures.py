@@ -1,6 +1,7 @@
 """Figures show what the tables and cases hold, legibly, and are written reproducibly."""
 
 import re
+from dataclasses import replace
 from itertools import combinations, product
 from types import SimpleNamespace
 
@@ -379,6 +380,8 @@ def test_label_volumes_count_voxels_or_millilitres(real, scale, unit):
 
 # All of them
 
+RANKS = ("best", "median", "worst")
+
 
 def every_figure():
     small = study(TOUR, seeds=2)
@@ -395,9 +398,12 @@ def every_figure():
             CaseView(
                 f"{rank}: {one.id}", one.image[0], one.label, dict.fromkeys(titles, one.label), dict.fromkeys(titles, 1)
             )
-            for rank, one in zip(["best", "median", "worst"], [long, *cases], strict=False)
+            for rank, one in zip(RANKS, [long, *cases], strict=False)
         ]
         yield f"contours, {len(titles)}", lambda v=views: contours(v, classes)
+    wide = [view(np.tile(blob(1), (2, 1, 1)), {"MLRPL": np.tile(blob(1), (2, 1, 1))})] * 3
+    wide = [replace(one, name=f"{rank}: VIXBEFTNVHZWKAKURJBN") for rank, one in zip(RANKS, wide, strict=True)]
+    yield "contours, wide names", lambda: contours(wide, classes[:2])
     yield "montage, 1", lambda: case_montage([long], classes)
     yield "montage, 5", lambda: case_montage([long, *cases[1:]], classes)
     yield "histograms", lambda: intensity_histograms(cases, classes)
