@@ -1,10 +1,13 @@
 """From a trained method to one row a case, class, selection and output.
 
-Where a network has BatchNorm there is, beside a method's own outputs, one more for the final weights, `OWN`: decoder 1
-with BatchNorm normalising a volume by its own statistics, those of up to four windows at a time. In training every
-batch is normalised by its own, in prediction by running averages of them, over labelled and unlabelled volumes alike.
-Where the two differ much, the averages are to blame for what a prediction lacks, not what was learnt; the reports show
-both.
+Beside a method's own outputs there is `LARGEST`: decoder 1, of each class the largest connected component alone. It is
+no part of the protocol, but much published code evaluates so (its option is called nms), and few say whether a figure
+was obtained with it.
+
+Where a network has BatchNorm there is one more for the final weights, `OWN`: decoder 1 with BatchNorm normalising a
+volume by its own statistics, those of up to four windows at a time. In training every batch is normalised by its own,
+in prediction by running averages of them, over labelled and unlabelled volumes alike. Where the two differ much, the
+averages are to blame for what a prediction lacks, not what was learnt; the reports show both.
 """
 
 import math
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlrpl.components import keep_largest
 from mlrpl.config import Run
 from mlrpl.data import Case, Store
 from mlrpl.files import atomic
@@ -35,6 +39,7 @@ SELECTIONS = ("last", "published")
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
 
 
+LARGEST = "decoder1-largest"
 OWN = "decoder1-own"
 OWN_WINDOWS = 4
 WINDOWS = defaultdict(lambda: OWN_WINDOWS, cuda=8)  # predicted at once, by kind of device
@@ -154,6 +159,8 @@ def evaluate(
                 case = store.load(case_id)
                 probabilities = predict_case(method, case, method.outputs, device, precision)
                 maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
+                maps[LARGEST] = maps["decoder1"].copy()
+                keep_largest(maps[LARGEST], method.num_classes)
                 if selection == "last":
                     label_maps[case_id] = maps["decoder1"].astype(np.uint8)
                     # A bottleneck of one voxel has no statistics of its own.

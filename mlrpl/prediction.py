@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
+from mlrpl.components import keep_largest
 from mlrpl.data import Store
 from mlrpl.data.grid import check_same_grid
 from mlrpl.data.preparation import Prepared
@@ -239,16 +239,6 @@ def _restored_labels(
             found[higher] = c
             np.maximum(best, restored, out=best)
     return found
-
-
-def keep_largest(labels: np.ndarray, classes: int) -> None:
-    """Of each foreground class leave the largest component (voxels that touch, also by a corner) alone, in place."""
-    for c in range(1, classes):
-        mask = labels == c
-        components, count = ndimage.label(mask, np.ones((3, 3, 3)))
-        if count > 1:
-            sizes = np.bincount(components.ravel())
-            labels[mask & (components != 1 + sizes[1:].argmax())] = 0
 
 
 def _slug(text: str) -> str:

@@ -58,6 +58,9 @@ COST = """Seconds are those of an undisturbed step, since runs may share a machi
 of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from
 beginning to end have no undisturbed step. Only steps of one machine compare, and one name may stand for several: the
 page *Speed* has all methods side by side. Passes without gradient count as volumes too."""
+LARGEST = """Dice (%) and 95HD of decoder 1 as predicted, and with each class's largest connected component alone. It is
+no part of the protocol here; much published code evaluates so, and whether the paper's figures were obtained with it is
+not known. Islands far off cost little Dice and much distance."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
@@ -424,7 +427,8 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             figures=_pictures(folder, "differences"),
         ),
         Section("What the published selection adds", OPTIMISM, made["optimism"]),
-        *_normalisation_section(made["normalisation"]),
+        *_section("What the largest component alone changes", LARGEST, made["largest"]),
+        *_section("What BatchNorm's running statistics cost", NORMALISATION, made["normalisation"]),
         *_ablation_section(place),
         *_reliability_section(place, everything),
         *_precision_section(folder, made.get("precision")),
@@ -474,8 +478,8 @@ def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
     return said + tables.conditions(runs)
 
 
-def _normalisation_section(table: pd.DataFrame) -> list[Section]:
-    return [Section("What BatchNorm's running statistics cost", NORMALISATION, table)] if len(table) else []
+def _section(title: str, text: str, table: pd.DataFrame) -> list[Section]:
+    return [Section(title, text, table)] if len(table) else []
 
 
 def _precision_section(folder: Path, table: pd.DataFrame | None) -> list[Section]:
@@ -578,6 +582,7 @@ def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFram
         "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
         "statistics": statistics.formatted(statistics.summary(*rows)),
         "optimism": tables.formatted_optimism(*rows),
+        "largest": tables.formatted_largest(*rows, paper, place.study.distances),
         "normalisation": tables.formatted_normalisation(*rows),
         **({"cost": cost_table(place, found)} if place.at_hand else {}),
         **({"precision": precision_report.table(found.curves, pairs)} if pairs else {}),

@@ -45,7 +45,7 @@ from mlrpl.words import duration
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 WORKER_LOG = "worker.log"
-EVALUATION_VERSION = 2  # raise when evaluation changes what it writes
+EVALUATION_VERSION = 3  # raise when evaluation changes what it writes
 POLL_SECONDS = 0.5
 MOST_JOBS = 4  # at a time on a CPU, unless more are asked for
 ORPHAN_SECONDS = 30  # within it a kernel whose parent was killed has ended

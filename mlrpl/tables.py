@@ -14,7 +14,7 @@ from pandas.io.formats.style import Styler
 
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import OWN
+from mlrpl.evaluation import LARGEST, OWN
 from mlrpl.files import atomic
 from mlrpl.words import counted
 
@@ -170,7 +170,7 @@ def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def formatted_optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """:func:`optimism` as text, for a page."""
     table = optimism(metrics, runs)
-    return _formatted_gain(table, {"last": "Last", "published": "Published"}, table["output"].map(OUTPUTS))
+    return _formatted_gain(table, {"last": "Last", "published": "Published"}, Output=table["output"].map(OUTPUTS))
 
 
 def normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -189,31 +189,66 @@ def formatted_normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.Dat
     return _formatted_gain(normalisation(metrics, runs), {"running": "Running statistics", "own": "Each volume's own"})
 
 
-def _gain(rows: pd.DataFrame, by: list[str], column: str, names: Mapping[str, str]) -> pd.DataFrame:
-    """What the second of two values of a column adds to the first's Dice.
+def largest(metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice") -> pd.DataFrame:
+    """What keeping each class's largest component alone changes, in Dice or in a distance of decoder 1.
 
     Returns:
-        A row a group of ``by``: Dice in % of both, as ``names`` calls them, means over seeds; ``difference``, the mean
-        over seeds of second − first; ``difference_sd``; ``seeds``. Runs that lack one of the two are left out.
+        A row a (labelled, title, selection), see :func:`_gain`: ``all``, ``largest`` and their ``difference``. Rows
+        from before there was this output are left out.
     """
-    dice = rows.pivot_table("dice", [*by, "seed"], column, aggfunc="mean", observed=True)
-    dice = dice.reindex(columns=list(names)).dropna().set_axis(list(names.values()), axis=1) * 100
+    rows = titled(metrics, runs, ("decoder1", LARGEST))
+    names = {"decoder1": "all", LARGEST: "largest"}
+    return _gain(rows, ["labelled", "title", "selection"], "output", names, measure)
+
+
+def formatted_largest(
+    metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] = (), unit: str = "voxels"
+) -> pd.DataFrame:
+    """:func:`largest` as text, for a page: Dice and 95HD, the paper's beside the published selection."""
+    table = largest(metrics, runs)
+    distances = largest(metrics, runs, "hd95").set_index(["labelled", "title", "selection"])
+    distances = distances.reindex(pd.MultiIndex.from_frame(table[["labelled", "title", "selection"]]))
+    headings = {"all": "All components: Dice (%)", "largest": "Largest alone: Dice (%)"}
+    view = _formatted_gain(table, headings, Selection=table["selection"])
+    for name, heading in {"all": f"All: 95HD ({unit})", "largest": f"Largest: 95HD ({unit})"}.items():
+        view[heading] = distances[name].map(_number).to_list()
+    figures = {(f["title"], f["labelled"], "published"): f for f in paper}
+    found = [figures.get(row, {}) for row in zip(table["title"], table["labelled"], table["selection"], strict=True)]
+    for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
+        if any(name in figure for figure in found):
+            view[heading] = [_number(figure.get(name, float("nan"))) for figure in found]
+    return view
+
+
+def _gain(
+    rows: pd.DataFrame, by: list[str], column: str, names: Mapping[str, str], measure: str = "dice"
+) -> pd.DataFrame:
+    """What the second of two values of a column adds to the first's Dice, or distance.
+
+    Returns:
+        A row a group of ``by``: Dice in % (or the distance) of both, as ``names`` calls them, means over seeds;
+        ``difference``, the mean over seeds of second − first; ``difference_sd``; ``seeds``. Runs that lack one of the
+        two are left out.
+    """
+    values = rows.pivot_table(measure, [*by, "seed"], column, aggfunc="mean", observed=True)
+    values = values.reindex(columns=list(names)).dropna().set_axis(list(names.values()), axis=1)
+    values *= 100 if measure == "dice" else 1
     first, second = names.values()
-    dice["difference"] = dice[second] - dice[first]
-    groups = dice.groupby(by, observed=True)
+    values["difference"] = values[second] - values[first]
+    groups = values.groupby(by, observed=True)
     table = groups.mean()
     table["difference_sd"] = groups["difference"].std(ddof=1)
     table["seeds"] = groups.size()
     return table.reset_index().astype({name: str for name in by if name != "labelled"})
 
 
-def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], output: pd.Series | None = None) -> pd.DataFrame:
+def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], **more: pd.Series) -> pd.DataFrame:
     pairs = zip(table["difference"], table["difference_sd"], strict=True)
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            **({} if output is None else {"Output": output}),
+            **more,
             **{heading: table[name].map(_number) for name, heading in headings.items()},
             "Difference": [_mean_and_sd(*pair) for pair in pairs],
         }

@@ -8,13 +8,14 @@ import SimpleITK
 import torch
 from test_raw import OBLIQUE, write, write_series
 
+from mlrpl.components import keep_largest
 from mlrpl.config import Settings
 from mlrpl.data.grid import from_patient_axes, to_patient_axes
 from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.prediction import Ensemble, Image, find_images, keep_largest, predict_image
+from mlrpl.prediction import Ensemble, Image, find_images, predict_image
 
 CPU = torch.device("cpu")
 FLIPPED = np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]])  # axes permuted and flipped

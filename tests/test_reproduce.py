@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 
+from mlrpl.evaluation import LARGEST
 from mlrpl.files import read_json
 from mlrpl.reproduce import case_views
 from mlrpl.results import Results, collect, run_frames
@@ -231,7 +232,7 @@ def test_rows_are_tidy_and_complete(tiny):
     found = set(results.metrics[["variant", "selection", "output", "case", "class"]].itertuples(index=False, name=None))
     assert found == {
         (variant, selection, output, "test-000", "atrium")
-        for variant, outputs in (("vnet", ["decoder1"]), ("mlrpl", ["decoder1", "mean"]))
+        for variant, outputs in (("vnet", ["decoder1", LARGEST]), ("mlrpl", ["decoder1", "mean", LARGEST]))
         for output in outputs
         for selection in ("last", "published")
     }

@@ -8,14 +8,16 @@ import pandas as pd
 import pytest
 
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import OWN
+from mlrpl.evaluation import LARGEST, OWN
 from mlrpl.results import step_seconds
 from mlrpl.tables import (
     comparison,
     cost,
     difference,
     formatted,
+    formatted_largest,
     formatted_normalisation,
+    largest,
     normalisation,
     optimism,
     per_case,
@@ -298,3 +300,25 @@ def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(
     assert len(normalisation(metrics, runs)) == 0
     assert len(formatted_normalisation(metrics, runs)) == 0
     assert formatted_normalisation(both, runs)["Difference"].str.contains("±").sum() == 3
+
+
+def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, runs):
+    alone = metrics.query("output == 'decoder1'").assign(output=LARGEST)
+    alone["dice"] += 0.05
+    alone["hd95"] -= 0.5
+    both = pd.concat([metrics, alone])
+    table = largest(both, runs).set_index(["labelled", "title", "selection"])
+    assert len(table) == 12
+    first = table.loc[(8, "MLRPL", "published")]
+    assert first["all"] == pytest.approx(row(comparison(metrics, runs), 8, "MLRPL", "published")["dice"])
+    assert first["difference"] == pytest.approx(5)
+    distances = largest(both, runs, "hd95")
+    assert distances["difference"].to_numpy() == pytest.approx(-0.5)
+    shown = formatted_largest(both, runs, PAPER, "mm").set_index(["Labelled", "Method", "Selection"])
+    line = shown.loc[("8", "MLRPL", "published")]
+    assert line["Paper: Dice (%)"] == "89.86"
+    assert line["Paper: 95HD (voxels)"] == "6.91"
+    assert float(line["All: 95HD (mm)"]) - float(line["Largest: 95HD (mm)"]) == pytest.approx(0.5, abs=0.011)
+    assert shown.loc[("8", "MLRPL", "last"), "Paper: Dice (%)"] == "—"
+    pd.testing.assert_frame_equal(comparison(both, runs), comparison(metrics, runs))  # the others know nothing of it
+    assert len(formatted_largest(metrics, runs, PAPER)) == 0
