@@ -33,7 +33,7 @@ from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
-from mlrpl.precision import Precision, computing
+from mlrpl.precision import Precision, computing, to_predict_in
 
 SELECTIONS = ("last", "published")
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
@@ -154,7 +154,7 @@ def evaluate(
     with ThreadPoolExecutor(run.settings.threads) as pool:
         for s, (selection, content) in enumerate(weights.items()):
             method.load_state_dict(content["method"])
-            precision = Precision(content["precision"])
+            precision = to_predict_in(content["precision"], device)
             for n, case_id in enumerate(cases):
                 case = store.load(case_id)
                 probabilities = predict_case(method, case, method.outputs, device, precision)

@@ -38,7 +38,7 @@ from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
-from mlrpl.precision import Precision, computing
+from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.reliability import entropy, weigh
 from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.tables import case_dice
@@ -94,7 +94,7 @@ def _method(place: Workplace, job: Job, device: torch.device) -> tuple[Method, P
     content = load(job.folder / "last.pt", device)
     method = make_method(job.run, place.store, device)
     method.load_state_dict(content["method"])
-    return method.eval(), Precision(content["precision"])
+    return method.eval(), to_predict_in(content["precision"], device)
 
 
 def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) -> Maps:

@@ -81,6 +81,16 @@ def fastest(device: torch.device) -> str:
     return "float32"
 
 
+def to_predict_in(trained_in: str, device: torch.device) -> Precision:
+    """The precision to predict in: that of the training, but float32 on a CPU that has no instructions for it.
+
+    Weights from a GPU's bf16 are as good in float32; such a CPU would take ten times as long for bf16.
+    """
+    if device.type == "cpu" and trained_in != fastest(device):
+        return Precision("float32")
+    return Precision(trained_in)
+
+
 def choose_precision(
     requested: str, network: VNet, patch: Sequence[int], volumes: int, device: torch.device
 ) -> Precision:

@@ -21,7 +21,7 @@ from mlrpl.data.volumes import ENDINGS, ending, read_volume, write_nifti
 from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_slabs, window_starts
 from mlrpl.methods import Method
-from mlrpl.precision import Precision, computing
+from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load, make_method
 
@@ -72,7 +72,7 @@ def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
         method = make_method(job.run, store, device)
         weights = load(job.folder / "last.pt", device)
         method.load_state_dict(weights["method"])
-        methods.append((method.eval(), Precision(weights["precision"])))
+        methods.append((method.eval(), to_predict_in(weights["precision"], device)))
     return Ensemble(_group(jobs[0]), tuple(methods), store, device)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mlrpl import precision
 from mlrpl.networks import VNet, to_channels_last
-from mlrpl.precision import TOLERANCE, Precision, choose_precision, computing, worst_layer
+from mlrpl.precision import TOLERANCE, Precision, choose_precision, computing, to_predict_in, worst_layer
 from mlrpl.provenance import instructions
 
 CPU = torch.device("cpu")
@@ -179,3 +179,17 @@ def test_predictions_are_computed_as_the_run_was_trained():
         assert torch.backends.cudnn.allow_tf32 == before
         assert (product @ product).dtype == torch.bfloat16
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "fast", "expected"),
+    [("bfloat16", "float32", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float32", "bfloat16", "float32"),
+     ("float16", "bfloat16", "float32")],
+)  # fmt: skip
+def test_a_cpu_predicts_in_reduced_precision_only_where_it_has_instructions_for_it(
+    monkeypatch, trained_in, fast, expected
+):
+    """Weights come from a GPU's bf16, too."""
+    monkeypatch.setattr(precision, "fastest", lambda _: fast)
+    assert to_predict_in(trained_in, CPU) == Precision(expected)
+    assert to_predict_in(trained_in, torch.device("cuda")) == Precision(trained_in)
