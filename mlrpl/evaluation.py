@@ -147,9 +147,10 @@ def evaluate(
         where a mask is empty.
     """
     common = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
+    common |= {} if run.fold is None else {"fold": run.fold}
     rows: list[dict[str, Any]] = []
     measuring: list[tuple[dict[str, Any], Future[dict[str, float]]]] = []  # of one case, while the next is predicted
-    label_maps = {}
+    kept = {}
     cases = store.ids("test")
     with ThreadPoolExecutor(run.settings.threads) as pool:
         for s, (selection, content) in enumerate(weights.items()):
@@ -157,35 +158,44 @@ def evaluate(
             precision = to_predict_in(content["precision"], device)
             for n, case_id in enumerate(cases):
                 case = store.load(case_id)
-                probabilities = predict_case(method, case, method.outputs, device, precision)
-                maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
-                maps[LARGEST] = maps["decoder1"].copy()
-                keep_largest(maps[LARGEST], method.num_classes)
+                maps = _label_maps(method, case, device, precision, final=selection == "last")
                 if selection == "last":
-                    label_maps[case_id] = maps["decoder1"].astype(np.uint8)
-                    # A bottleneck of one voxel has no statistics of its own.
-                    if _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
-                        with own_statistics(method):
-                            alone = predict_case(method, case, ("decoder1",), device, precision, OWN_WINDOWS)
-                        maps[OWN] = hard_labels(alone)[0].cpu().numpy()
+                    kept[case_id] = maps["decoder1"].astype(np.uint8)
                 rows += _measured(measuring)
-                measuring = []
-                for output, predicted in maps.items():
-                    for c, name in enumerate(store.classes[1:], start=1):
-                        facts = {**common, "selection": selection, "output": output, "case": case_id, "class": name}
-                        facts |= {} if run.fold is None else {"fold": run.fold}
-                        spacing = case.spacing if distances == "mm" else None
-                        metrics = pool.submit(case_metrics, predicted == c, case.label == c, spacing)
-                        measuring.append((facts, metrics))
+                spacing = case.spacing if distances == "mm" else None
+                measuring = [
+                    (
+                        {**common, "selection": selection, "output": output, "case": case_id, "class": name},
+                        pool.submit(case_metrics, predicted == c, case.label == c, spacing),
+                    )
+                    for output, predicted in maps.items()
+                    for c, name in enumerate(store.classes[1:], start=1)
+                ]
                 if watch:
                     watch(s * len(cases) + n + 1, len(weights) * len(cases))
         rows += _measured(measuring)
     frame = pd.DataFrame(rows)
     with atomic(folder / PREDICTIONS) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **label_maps)
+        np.savez_compressed(file, **kept)
     with atomic(folder / "metrics.csv") as partial:
         frame.to_csv(partial, index=False, float_format="%.6g")
     return frame
+
+
+def _label_maps(
+    method: Method, case: Case, device: torch.device, precision: Precision, final: bool
+) -> dict[str, np.ndarray]:
+    """Class indices (x, y, z) by output: the method's own, `LARGEST` and, of final weights, `OWN`."""
+    probabilities = predict_case(method, case, method.outputs, device, precision)
+    maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
+    maps[LARGEST] = maps["decoder1"].copy()
+    keep_largest(maps[LARGEST], method.num_classes)
+    # A bottleneck of one voxel has no statistics of its own.
+    if final and _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
+        with own_statistics(method):
+            alone = predict_case(method, case, ("decoder1",), device, precision, OWN_WINDOWS)
+        maps[OWN] = hard_labels(alone)[0].cpu().numpy()
+    return maps
 
 
 def _measured(waiting: Iterable[tuple[dict[str, Any], Future[dict[str, float]]]]) -> list[dict[str, Any]]:
