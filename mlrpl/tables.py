@@ -416,8 +416,12 @@ def show(table: pd.DataFrame) -> Styler:
 
 
 def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
-    """Write `<name>.csv`, `<name>.md` and `<name>.tex`."""
+    """Write `<name>.csv`, `<name>.md` and `<name>.tex`; of a table without rows none is there."""
     folder = Path(folder)
+    if table.empty:
+        for ending in (".csv", ".md", ".tex"):
+            (folder / f"{name}{ending}").unlink(missing_ok=True)
+        return
     texts = {".csv": table.to_csv(index=False), ".md": to_markdown(table) + "\n", ".tex": to_latex(table)}
     for ending, text in texts.items():
         with atomic(folder / f"{name}{ending}") as partial:

@@ -25,6 +25,7 @@ from mlrpl.study import Job, Workplace
 from mlrpl.training import find_device, load
 from mlrpl.words import counted
 
+NONE_AT_HAND = "no run that is finished here"
 ROW_TOLERANCE = 1e-5  # rows are written with six significant digits
 
 
@@ -144,7 +145,7 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
         for measure in tables.MEASURES:
             if not np.allclose(both[measure], both[f"{measure}_own"], rtol=ROW_TOLERANCE, atol=1e-9, equal_nan=True):
                 wrong.append(f"{job.run.name}: {measure} is not what the run measured")
-    return Finding("rows against runs/", compared, tuple(wrong))
+    return Finding("rows against runs/", compared, tuple(wrong), "" if compared else NONE_AT_HAND)
 
 
 def _predictions(place: Workplace, jobs: list[Job]) -> Finding:
@@ -166,7 +167,7 @@ def _predictions(place: Workplace, jobs: list[Job]) -> Finding:
                     np.isclose(measured[m], row[m], rtol=ROW_TOLERANCE, equal_nan=True) for m in tables.MEASURES
                 ):
                     wrong.append(f"{job.run.name}, {row['case']}, {row['class']}: the label map gives other metrics")
-    return Finding("rows against predicted label maps", compared, tuple(wrong))
+    return Finding("rows against predicted label maps", compared, tuple(wrong), "" if compared else NONE_AT_HAND)
 
 
 def _retrained(place: Workplace, job: Job) -> Iterator[Finding]:

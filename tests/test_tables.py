@@ -283,6 +283,14 @@ def test_latex_of_the_whole_comparison_has_no_letter_that_latex_lacks(metrics, r
     assert (tmp_path / "comparison.tex").read_text(encoding="utf-8").isascii()
 
 
+def test_of_a_table_without_rows_no_file_stays(tmp_path):
+    table = pd.DataFrame({"Method": ["MLRPL"]})
+    save(table, tmp_path, "some")
+    assert len([*tmp_path.iterdir()]) == 3
+    save(table.iloc[:0], tmp_path, "some")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(metrics, runs):
     own = metrics.query("selection == 'last' and output == 'decoder1'").assign(output=OWN)
     own["dice"] += 0.2 + 0.01 * own["seed"]
