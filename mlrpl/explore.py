@@ -211,8 +211,7 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
             if axis != 2:
                 ax.invert_yaxis()
         axes[0].set_ylabel(name)
-    for ax, column in zip(grid[0], columns, strict=True):
-        write_fitted(ax.set_title, column, panel)
+    write_fitted([ax.set_title for ax in grid[0]], columns, panel)
     if picture is not None:
         figure.colorbar(picture, ax=grid[:, -1], shrink=0.7, aspect=25)
     handles: list[Any] = [Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")]

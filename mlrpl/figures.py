@@ -383,14 +383,13 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
         lines = max((2, 3), key=lambda n: panel_width([ratio] * len(views) * n, ceil(len(titles) / n), len(views) * n))
     named = len(views) * lines if lines > 1 else 1
     figure, grid, panel = image_grid([ratio] * len(views) * lines, ceil(len(titles) / lines), named)
-    labels, letters = fitted(titles, panel)
     weight = min(1, 0.3 + panel / 2)  # of lines and letters in small panels
     blocks = grid.reshape(len(views), -1)
     for row, (axes, view, z, (low, high), size) in enumerate(zip(blocks, views, slices, boxes, sizes, strict=True)):
         half = np.minimum(window, size) / 2
         centre = np.clip((low + high) / 2, half, size - half)
         limits = np.percentile(view.image, (1, 99.5))
-        for ax, title, label in zip(axes, titles, labels, strict=False):
+        for ax, title in zip(axes, titles, strict=False):
             show_slice(ax, view.image[:, :, z], view.spacing[:2], limits, centre, window)
             for index in range(1, len(classes)):
                 draw_outline(ax, view.reference[:, :, z] == index, view.spacing, "white", 1.5 * weight, halo=True)
@@ -400,11 +399,11 @@ def contours(views: Sequence[CaseView], classes: Sequence[str]) -> Figure:
             if title in view.dice:
                 style = {"color": "white", "fontsize": 8 * weight, "path_effects": dark_edge(1.7)}
                 ax.text(0.03, 0.03, f"Dice {100 * view.dice[title]:.1f} %", transform=ax.transAxes, **style)
-            if row == 0 or lines > 1:
-                ax.set_title(label, fontsize=letters, fontweight="normal")
+        if row == 0 or lines > 1:
+            write_fitted([ax.set_title for ax in axes[: len(titles)]], titles, panel)
         for ax in axes[len(titles) :]:
             ax.set_axis_off()
-        write_fitted(axes[0].set_ylabel, view.name, ratio * panel)
+    write_fitted([axes[0].set_ylabel for axes in blocks], [view.name for view in views], ratio * panel)
     reference = Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")
     predicted = _class_handles(classes)
     for handle in predicted:
@@ -436,8 +435,8 @@ def case_montage(cases: Sequence[Case], classes: Sequence[str]) -> Figure:
             if axis != 2:
                 ax.invert_yaxis()
         axes[0].set_ylabel(name)
-    for ax, case in zip(grid[0], cases, strict=True):
-        write_fitted(ax.set_title, case.id if case.label is not None else f"{case.id}\n(no label)", panel)
+    names = [case.id if case.label is not None else f"{case.id}\n(no label)" for case in cases]
+    write_fitted([ax.set_title for ax in grid[0]], names, panel)
     add_legend(figure, _class_handles(classes))
     return figure
 
@@ -665,10 +664,11 @@ def _broken(text: str, most: int) -> str:
     return "\n".join(fill(part, most, break_long_words=False, break_on_hyphens=False) for part in parts)
 
 
-def write_fitted(write: Callable[..., Any], text: str, room: float) -> None:
-    """Write a label as :func:`fitted` has it."""
-    (label,), size = fitted([text], room)
-    write(label, fontsize=size, fontweight="normal")
+def write_fitted(writes: Iterable[Callable[..., Any]], texts: Sequence[str], room: float) -> None:
+    """Write labels as :func:`fitted` has them, each with its own of ``writes``."""
+    labels, size = fitted(texts, room)
+    for write, label in zip(writes, labels, strict=True):
+        write(label, fontsize=size, fontweight="normal")
 
 
 def _length(text: str, size: float) -> float:

@@ -526,27 +526,13 @@ def _pictures(folder: Path, *names: str) -> list[Picture]:
 
 
 def _run_table(place: Workplace, found: Results) -> pd.DataFrame:
-    rows = []
+    """`tables.run_list`, with links to the runs' executed notebooks where they are kept."""
+    table = tables.run_list(found.runs)
     jobs = {job.run.name: job for job in place.jobs}
-    for run in found.runs.to_dict("records"):
-        links = {
-            what: Link(what.lower(), f"runs/{path.name}")
-            for notebook, what in STAGE_PAGES.items()
-            if (path := page(place.results, jobs[run["run"]], notebook)).exists()
-        }
-        rows.append(
-            {
-                "Run": run["run"],
-                "Key": run["key"][:8],
-                "Precision": run["precision"],
-                "Minutes": f"{run['seconds'] / 60:.1f}",
-                "Memory (MB)": str(run["peak_memory_mb"]),
-                "Commit": str(run["commit"]).replace(CHANGED, " with uncommitted changes"),
-                "Rows": "adopted" if run["adopted"] else "own",
-                **{what: links.get(what, "") for what in STAGE_PAGES.values()},
-            }
-        )
-    return pd.DataFrame(rows)
+    for notebook, what in STAGE_PAGES.items():
+        pages = [page(place.results, jobs[run], notebook) for run in table["Run"]]
+        table[what] = [Link(what.lower(), f"runs/{path.name}") if path.exists() else "" for path in pages]
+    return table
 
 
 def _progress(finished: int, asked: int) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST, OWN
 from mlrpl.files import atomic
+from mlrpl.provenance import CHANGED
 from mlrpl.words import counted
 
 RUN = ["study", "method", "variant", "labelled", "seed"]
@@ -287,6 +289,22 @@ def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataF
     )
 
 
+def run_list(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every run and how it came about, as text."""
+    return pd.DataFrame(
+        {
+            "Run": runs["run"],
+            "Key": runs["key"].str[:8],
+            "Precision": runs["precision"],
+            "Trained on": runs["device"],
+            "Minutes": (runs["seconds"] / 60).map("{:.1f}".format),
+            "Memory (MB)": runs["peak_memory_mb"].astype(str),
+            "Commit": runs["commit"].astype(str).str.replace(CHANGED, " with uncommitted changes", regex=False),
+            "Rows": ["adopted" if adopted else "own" for adopted in runs["adopted"]],
+        }
+    )
+
+
 def conditions(runs: pd.DataFrame) -> str:
     """In what runs differ besides what is compared, precision and hardware, in Markdown; empty where in nothing."""
     said = ""
@@ -405,8 +423,10 @@ def _range(triples: Sequence[Sequence[float]], form: str) -> str:
     return " × ".join(low if low == high else f"{low}–{high}" for low, high in ranges)
 
 
-def show(table: pd.DataFrame) -> Styler:
-    """A table as a notebook displays it: without its numbered index, floats with two decimals."""
+def show(table: pd.DataFrame) -> Styler | Markdown:
+    """A table as a notebook displays it: without its numbered index, floats with two decimals; in words if empty."""
+    if table.empty:
+        return Markdown("No finished run has figures for this table.")
     return (
         table.style.hide(axis="index")
         .format(precision=2, na_rep="—", escape="html")

@@ -181,7 +181,7 @@ def test_unwritable_destination_leaves_nothing_behind(tmp_path):
 # In a real browser, whose every connection fails
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1600, 1200, 390])
 @pytest.mark.parametrize("kind", ["index", "page", "overview"])
 def test_page_fits_and_loads_without_a_network(kind, width, request, browser):
     browser.open(request.getfixturevalue(kind), width=width, mobile=width < 500)
@@ -300,6 +300,15 @@ def test_on_a_phone_small_pictures_shrink_and_wide_ones_scroll(tmp_path, picture
     assert 300 < small < 390
     assert wide > 500
     assert browser.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_a_wide_table_takes_the_free_place_beside_the_column(index, browser):
+    right, tables = "e => e.getBoundingClientRect().right", "document.querySelectorAll('.scroll:has(> table)')"
+    for width, beyond in ((1600, True), (1100, False)):
+        browser.open(index, width=width)
+        column, boxes = browser.evaluate(f"[({right})(document.querySelector('nav')), [...{tables}].map({right})]")
+        assert max(boxes) <= width
+        assert [box > column + 1 for box in boxes[:2]] == [False, beyond]  # of a small table and of a wide one
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

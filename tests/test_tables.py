@@ -21,7 +21,9 @@ from mlrpl.tables import (
     normalisation,
     optimism,
     per_case,
+    run_list,
     save,
+    show,
     titled,
     to_latex,
     to_markdown,
@@ -281,6 +283,26 @@ def test_latex_of_the_whole_comparison_has_no_letter_that_latex_lacks(metrics, r
     save(formatted(comparison(metrics, runs, PAPER)), tmp_path, "comparison")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".md", ".tex"]
     assert (tmp_path / "comparison.tex").read_text(encoding="utf-8").isascii()
+
+
+def test_an_empty_table_is_shown_in_words(metrics, runs):
+    assert "MLRPL" in show(comparison(metrics, runs)).to_html()
+    assert show(comparison(metrics[:0], runs[:0])).data == "No finished run has figures for this table."
+
+
+def test_the_list_of_runs_says_how_each_came_about():
+    row = {"run": "mlrpl-8-s0", "key": "0123456789", "precision": "bfloat16", "device": "NVIDIA H200", "seconds": 90.0}
+    rows = [
+        {**row, "peak_memory_mb": 3108, "commit": "c0ffee", "adopted": True},
+        {**row, "peak_memory_mb": 12, "commit": "c0ffee+changes", "adopted": False},
+    ]
+    found = run_list(pd.DataFrame(rows))
+    assert found["Key"].eq("01234567").all()
+    assert found["Minutes"].eq("1.5").all()
+    assert found["Trained on"].eq("NVIDIA H200").all()
+    assert found["Memory (MB)"].to_list() == ["3108", "12"]
+    assert found["Commit"].to_list() == ["c0ffee", "c0ffee with uncommitted changes"]
+    assert found["Rows"].to_list() == ["adopted", "own"]
 
 
 def test_of_a_table_without_rows_no_file_stays(tmp_path):
