@@ -238,7 +238,8 @@ def run(
 ) -> None:
     """Execute one run's notebooks; `reproduce` starts this."""
     _end_with(parent)
-    from mlrpl.study import Workplace, execute_run
+    from mlrpl.execution import execute_run
+    from mlrpl.study import Workplace
 
     execute_run(Workplace(study, runs), name, device, tensorboard)
 

@@ -15,8 +15,9 @@ from typing import Any
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, write_json
 from mlrpl.slurm_job import FINISHING_SECONDS, Command
-from mlrpl.study import WORKER_LOG, Job, Workplace, command_line, run_command, run_environment
+from mlrpl.study import Job, Workplace
 from mlrpl.words import counted
+from mlrpl.workers import WORKER_LOG, command_line, run_command, run_environment
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 REPORT_MINUTES = 60

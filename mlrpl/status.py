@@ -8,8 +8,9 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.locks import holder
 from mlrpl.results import Results
-from mlrpl.study import WORKER_LOG, Job, Workplace, last_line, one_a_key
+from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.words import counted, duration
+from mlrpl.workers import WORKER_LOG, last_line
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mlrpl import cost, tables
+from mlrpl.comparison import headline
 from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
@@ -17,7 +18,6 @@ from mlrpl.files import remove_temporary
 from mlrpl.locks import locked
 from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import write_study
-from mlrpl.reproduce import headline
 from mlrpl.results import Results, collect
 from mlrpl.study import Job, Workplace, chosen
 from mlrpl.training import find_device, name_device, progress_bar

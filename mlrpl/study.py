@@ -1,4 +1,4 @@
-"""A study from settings to report: the grid of runs, what is finished, and the notebooks that do the work.
+"""A study at a place: the grid of its runs, what of them is finished, and what the notebooks call.
 
 Folders, relative to where the command is typed:
 
@@ -6,50 +6,36 @@ Folders, relative to where the command is typed:
     runs/<study>/<variant>-<labelled>-s<seed>-<key>/  all that one run makes; provenance.json says what is finished
     results/<study>/                                  rows, tables, figures and pages, to be committed
 
-A run is executed by a process of its own (`mlrpl run`), which executes two notebooks with papermill, 02-train and
-03-evaluate; `reproduce` starts these processes and watches their progress.json.
+A run is executed by a process of its own (`mlrpl.workers`), which executes two notebooks (`mlrpl.execution`).
 """
 
 import hashlib
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from tqdm import tqdm
 
 from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
-from mlrpl.errors import StoppedError, StudyError
+from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
-from mlrpl.files import atomic, read_json, remove_temporary, write_json
-from mlrpl.interrupt import passed_on, stop_requests
+from mlrpl.files import read_json, write_json
 from mlrpl.locks import locked
-from mlrpl.memory import ADVICE, exhaustion_explained
+from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
-from mlrpl.process import MALLOC, import_jsonschema
-from mlrpl.training import Progress, Trainer, find_device, load, make_method, name_device, split_training
-from mlrpl.words import duration
+from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
-PACKAGE = Path(__file__).parent
-NOTEBOOKS = PACKAGE.parent / "notebooks"
-WORKER_LOG = "worker.log"
+STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
 EVALUATION_VERSION = 3  # raise when evaluation changes what it writes
-POLL_SECONDS = 0.5
-MOST_JOBS = 4  # at a time on a CPU, unless more are asked for
 ORPHAN_SECONDS = 30  # within it a kernel whose parent was killed has ended
-FINISHING_SECONDS = 120  # for checkpoints, after a request to stop
 
 
 def relative(path: str) -> str:
@@ -85,7 +71,7 @@ class Job:
     @property
     def executed(self) -> bool:
         """Whether both are done and their notebooks are there: nothing is left for `mlrpl reproduce`."""
-        return self.complete and all((self.folder / notebook).exists() for _, notebook in STAGES)
+        return self.complete and all((self.folder / f"{notebook}.ipynb").exists() for notebook in STAGES.values())
 
     def stage_key(self, stage: str) -> str:
         """The run's key; evaluation's also names how it was measured."""
@@ -255,249 +241,6 @@ class Workplace:
         return pd.read_csv(job.folder / "metrics.csv")
 
 
-# Executing notebooks.
-
-
-def execute(notebook: str, destination: Path, **parameters: Any) -> None:
-    """Execute a notebook of the study with papermill; `destination` appears only when all its cells have run.
-
-    Raises:
-        StudyError: with the notebook's own message where a cell fails; the failed notebook is kept as *.failed.ipynb.
-        StoppedError: where the notebook ended on request.
-    """
-    import_jsonschema()
-    import papermill  # here, since training alone does not need it
-    from papermill.exceptions import PapermillExecutionError
-
-    source = NOTEBOOKS / f"{notebook}.ipynb"
-    if not source.exists():
-        raise StudyError(
-            f"notebooks/{notebook}.ipynb is missing: run from a clone of the repository, installed with pip -e"
-        )
-    failed = destination.with_suffix(".failed.ipynb")
-    with atomic(destination) as partial:
-        working = partial.with_name(f"{partial.name}.ipynb")
-        try:
-            shutil.copyfile(source, working)  # papermill notes where a notebook came from
-            papermill.execute_notebook(
-                str(working),
-                str(working),
-                parameters=parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                log_output=False,
-                start_timeout=300,  # a busy machine takes its time
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what goes wrong in a cell is in the notebook
-            )
-            working.replace(partial)
-            failed.unlink(missing_ok=True)
-        except PapermillExecutionError as error:
-            if error.ename in (StoppedError.__name__, KeyboardInterrupt.__name__):
-                raise StoppedError(error.evalue or f"{notebook}: interrupted; the same command goes on") from None
-            working.replace(failed)
-            reason = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
-            raise StudyError(f"{reason.splitlines()[0]} (see {failed.name})") from None
-        except RuntimeError as error:  # the kernel died
-            raise StudyError(f"{notebook}: {str(error).splitlines()[0]}; if for want of memory: {ADVICE}") from None
-        finally:
-            working.unlink(missing_ok=True)
-
-
-def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bool = False) -> None:
-    """What `mlrpl run` does: the two notebooks of one run, each only where needed.
-
-    Raises:
-        StudyError: where another process is at this run, or a notebook fails.
-        StoppedError: on Ctrl-C or SIGTERM; training has finished its checkpoint then.
-    """
-    with stop_requests() as asked, passed_on(asked):
-        try:
-            _execute_run(place, place.job(name), device, tensorboard)
-        except (Exception, KeyboardInterrupt) as error:
-            if not asked.is_set() or isinstance(error, StoppedError):
-                raise
-            raise StoppedError(f"run {name}: interrupted; the same command goes on from its checkpoint") from None
-
-
-def _execute_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> None:
-    name = job.run.name
-    job.folder.mkdir(parents=True, exist_ok=True)
-    common = notebook_parameters(place, RUN=name, DEVICE=device)
-    stages = {"train": ("02-train", {**common, "TENSORBOARD": tensorboard}), "evaluate": ("03-evaluate", common)}
-    with locked(job.folder, f"run {name}: another process is training it"):
-        with locked(job.folder, f"run {name}: another process is at it", "work.", ORPHAN_SECONDS):
-            remove_temporary(job.folder)
-        for stage, (notebook, parameters) in stages.items():
-            if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
-                execute(notebook, job.folder / f"{notebook}.ipynb", **parameters)
-
-
-def notebook_parameters(place: Workplace, **more: Any) -> dict[str, Any]:
-    """The parameters that all notebooks share, and more."""
-    return {"STUDY": place.given, "RUNS": str(place.root), **more}
-
-
-# Watching over many.
-
-
-@dataclass
-class _Worker:
-    job: Job
-    process: subprocess.Popen[bytes]
-    bar: tqdm
-    started: float
-    slot: int
-
-    def show(self) -> None:
-        progress = read_json(self.job.folder / "progress.json")
-        if progress.get("iteration", 0) >= self.bar.n:
-            self.bar.n = progress.get("iteration", 0)
-            if self.bar.n == self.bar.total:
-                self.bar.set_description_str(f"{self.job.run.name} (evaluating)", refresh=False)
-            if "loss" in progress:
-                self.bar.set_postfix_str(f"loss {progress['loss']:.3f}, Dice {progress['dice']:.2f}", refresh=False)
-            self.bar.refresh()
-
-
-def run_all(
-    place: Workplace, jobs: list[Job], at_once: int, device: str | None, tensorboard: bool = False
-) -> dict[str, str]:
-    """Execute the jobs, `at_once` at a time; goes on after a failure.
-
-    Returns:
-        The reason of each failed run.
-
-    Raises:
-        KeyboardInterrupt: on Ctrl-C, when the runs have finished their checkpoints.
-    """
-    waiting, working, failures = list(jobs), [], {}
-    devices = share_devices(device, max(at_once, 1))
-    slots = list(range(max(at_once, 1)))
-    try:
-        while waiting or working:
-            while waiting and slots:
-                slot = slots.pop(0)
-                working.append(_start(place, waiting.pop(0), devices[slot], tensorboard, slot))
-            time.sleep(POLL_SECONDS)
-            for worker in list(working):
-                worker.show()
-                if worker.process.poll() is None:
-                    continue
-                working.remove(worker)
-                slots.append(worker.slot)
-                worker.bar.close()
-                took = duration(time.monotonic() - worker.started)
-                if worker.process.returncode == 0:
-                    tqdm.write(f"  {worker.job.run.name}: finished in {took}")
-                else:
-                    failures[worker.job.run.name] = last_line(worker.job.folder / WORKER_LOG)
-                    tqdm.write(f"  {worker.job.run.name}: FAILED: {failures[worker.job.run.name]}")
-    except KeyboardInterrupt:
-        _finish(working)
-        raise
-    finally:
-        for worker in working:
-            worker.process.kill()
-            worker.bar.close()
-    return failures
-
-
-def _finish(working: list[_Worker]) -> None:
-    """Ask the runs to end and wait for their checkpoints; a second Ctrl-C does not wait."""
-    for worker in working:
-        worker.process.terminate()
-        worker.bar.close()
-    if working:
-        print("\n  interrupted: the runs finish their checkpoints (Ctrl-C again: end at once)", flush=True)
-    deadline = time.monotonic() + FINISHING_SECONDS
-    for worker in working:
-        with suppress(subprocess.TimeoutExpired):
-            worker.process.wait(max(0.0, deadline - time.monotonic()))
-            print(f"  {last_line(worker.job.folder / WORKER_LOG)}", flush=True)
-
-
-def usual_jobs(device: str | None, threads: int) -> int:
-    """Runs at a time where nobody says: one a GPU, or what the cores suffice for, at most four for the memory's sake.
-
-    Args:
-        device: as typed.
-        threads: of a run.
-    """
-    named = device.split(",") if device else []
-    if name_device(named[0] if named else None).type == "cuda":
-        return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, MOST_JOBS))
-
-
-def share_devices(device: str | None, at_once: int) -> list[str | None]:
-    """The device of each of the runs that go on at a time: every GPU in turn where none or just "cuda" is asked for.
-
-    Args:
-        device: as typed; several may be named, separated by commas.
-        at_once: runs at a time.
-    """
-    given: list[str | None] = list(device.split(",")) if device else [None]
-    if given in ([None], ["cuda"]) and (count := torch.cuda.device_count()) > 1:
-        given = [f"cuda:{number}" for number in range(count)]
-    return [given[slot % len(given)] for slot in range(at_once)]
-
-
-def command_line(command: str, place: Workplace, *arguments: str) -> list[str]:
-    """`mlrpl COMMAND STUDY …` in this interpreter, for this place's runs."""
-    return [sys.executable, "-m", "mlrpl", command, place.given, *arguments, "--runs", str(place.root)]
-
-
-def run_command(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> list[str]:
-    """The command line that executes one run, here or in a scheduler's job."""
-    options = [*(["--device", device] if device else []), *["--tensorboard"] * tensorboard]
-    return [*command_line("run", place, job.run.name), *options]
-
-
-def run_environment(job: Job) -> dict[str, str]:
-    """What that command needs beside the environment: threads are fixed, so that results depend on no engine."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**dict.fromkeys(names, str(job.run.settings.threads)), **MALLOC}
-
-
-def start_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> subprocess.Popen[bytes]:
-    """Start the process that executes one run; what it says goes to `WORKER_LOG` in the run's folder.
-
-    It leads a session of its own, so that Ctrl-C reaches `reproduce` alone, which asks its runs in order.
-    """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / WORKER_LOG).open("wb") as log:
-        return subprocess.Popen(
-            [*run_command(place, job, device, tensorboard), "--parent", str(os.getpid())],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **run_environment(job)},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-
-def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, slot: int) -> _Worker:
-    process = start_run(place, job, device, tensorboard)
-    if not sys.stderr.isatty():
-        print(f"  {job.run.name}: started", flush=True)
-    bar = tqdm(
-        total=job.run.settings.iterations,
-        desc=job.run.name,
-        position=slot,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        bar_format="  {desc:<24} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
-    )
-    return _Worker(job, process, bar, time.monotonic(), slot)
-
-
-def last_line(log: Path) -> str:
-    """The reason that a run's process gave for its end."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("mlrpl: ") if lines else "it ended without a word"
-
-
 def chosen(place: Workplace, only: str | None) -> Iterator[Job]:
     """Jobs whose run's name holds one of the texts, which commas separate; all without any."""
     texts = only.split(",") if only else [""]
@@ -512,6 +255,14 @@ def one_a_key(jobs: Iterable[Job]) -> list[Job]:
     return list(first.values())
 
 
+def first_seeds(jobs: Sequence[Job]) -> list[Job]:
+    """The first seed of every variant and number of labelled cases."""
+    first: dict[tuple[str, int], Job] = {}
+    for job in jobs:
+        first.setdefault((job.run.variant, job.run.labelled), job)
+    return list(first.values())
+
+
 def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[Job]:
     """Jobs that are asked for and not finished; runs that coincide are one job.
 
@@ -523,6 +274,3 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
     for job in one_a_key(chosen(place, only)):
         if not job.executed and job.key not in adopted:
             yield job
-
-
-STAGES = (("train", "02-train.ipynb"), ("evaluate", "03-evaluate.ipynb"))

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 
 from mlrpl import ablations, audit_report, tables
+from mlrpl.comparison import comparison_tables
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS, SELECTIONS
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, device_name, environment
-from mlrpl.reproduce import comparison_tables
 from mlrpl.results import Results
 from mlrpl.study import Job, Workplace
 from mlrpl.training import find_device, load

@@ -23,8 +23,10 @@ from typing import Any
 import nbformat
 import yaml
 
+import mlrpl.execution
 import mlrpl.reproduce
 import mlrpl.study
+import mlrpl.study_report
 from mlrpl import training
 from mlrpl.files import atomic
 
@@ -52,7 +54,7 @@ def prepare() -> None:
 def run() -> None:
     """Train and evaluate."""
     training.CHECKPOINT_SECONDS = 0.02
-    mlrpl.study.execute_run(mlrpl.study.Workplace("killed.yaml"), RUN, "cpu")
+    mlrpl.execution.execute_run(mlrpl.study.Workplace("killed.yaml"), RUN, "cpu")
 
 
 def report() -> None:
@@ -71,7 +73,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
 
     Of a run's notebooks only what trains or evaluates: the rest draws figures and writes nothing.
     """
-    content = nbformat.read(mlrpl.study.NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
+    content = nbformat.read(mlrpl.execution.NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
     if "RUN" in parameters:
         place = mlrpl.study.Workplace(parameters["STUDY"], parameters["RUNS"])
         work = {"02-train": place.train, "03-evaluate": place.evaluate}[notebook]
@@ -98,7 +100,8 @@ class Aim:
 
 def child(step: Callable[[], None], folder: str, aim: Aim | None, counter: Any) -> None:
     """What a forked process does: the step in the folder."""
-    mlrpl.study.execute = mlrpl.reproduce.execute = execute  # here: in pytest's own process the others need papermill
+    for module in (mlrpl.execution, mlrpl.reproduce, mlrpl.study_report):
+        module.execute = execute  # here: in pytest's own process the others need papermill
     os.chdir(folder)
     sys.stdout = sys.stderr = io.StringIO()
     here = Path.cwd()

@@ -22,9 +22,10 @@ from filelock import FileLock
 from mlrpl import cli, training
 from mlrpl.config import study_names
 from mlrpl.errors import StudyError
+from mlrpl.execution import execute_run
 from mlrpl.methods import METHODS
 from mlrpl.methods.vnet import SupervisedVNet
-from mlrpl.study import Workplace, execute_run
+from mlrpl.study import Workplace
 from mlrpl.training import Trainer
 
 SETTINGS = {

@@ -12,10 +12,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from mlrpl import locks, study
+from mlrpl import locks, workers
 from mlrpl.errors import StudyError
 from mlrpl.locks import holder, locked
-from mlrpl.study import run_all, share_devices, usual_jobs
+from mlrpl.workers import run_all, share_devices, usual_jobs
 
 
 def hold(folder: Path, ready) -> None:
@@ -98,7 +98,7 @@ def test_runs_at_a_time_follow_the_machine(monkeypatch, device, cores, threads, 
 def test_runs_that_go_on_at_a_time_never_share_a_device(tmp_path, monkeypatch):
     """Seven runs of various lengths on three GPUs; processes stand in for the runs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.02)
     used: list[tuple[str, subprocess.Popen]] = []
 
     def start_run(place, job, device, tensorboard):
@@ -106,7 +106,7 @@ def test_runs_that_go_on_at_a_time_never_share_a_device(tmp_path, monkeypatch):
         used.append((device, subprocess.Popen(["sleep", job.run.name])))
         return used[-1][1]
 
-    monkeypatch.setattr(study, "start_run", start_run)
+    monkeypatch.setattr(workers, "start_run", start_run)
     lengths = ["0.3", "0.05", "0.2", "0.05", "0.1", "0.02", "0.1"]
     settings = SimpleNamespace(iterations=1)
     jobs = [SimpleNamespace(run=SimpleNamespace(name=length, settings=settings), folder=tmp_path) for length in lengths]

@@ -13,7 +13,7 @@ from mlrpl import figures
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
-from mlrpl.reproduce import remarks
+from mlrpl.study_report import remarks
 
 ROOT = Path(__file__).parents[1]
 WIDE = pd.DataFrame([[f"{10 * row + column:.3f}" for column in range(14)] for row in range(3)])

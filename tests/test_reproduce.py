@@ -25,9 +25,9 @@ import pytest
 import torch
 import yaml
 
+from mlrpl.comparison import case_views
 from mlrpl.evaluation import LARGEST
 from mlrpl.files import read_json
-from mlrpl.reproduce import case_views
 from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
 from mlrpl.training import load

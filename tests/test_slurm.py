@@ -165,6 +165,7 @@ def test_an_announcement_before_the_process_is_started_is_no_error():
 QUICK = """
 import time
 import nbformat
+import mlrpl.execution
 import mlrpl.study
 from mlrpl.methods.mlrpl import MLRPL
 
@@ -173,7 +174,7 @@ def execute(notebook, destination, **parameters):
     {"02-train": place.train, "03-evaluate": place.evaluate}[notebook](parameters["RUN"], parameters["DEVICE"])
     nbformat.write(nbformat.v4.new_notebook(), destination)
 
-mlrpl.study.execute = execute
+mlrpl.execution.execute = execute
 
 class Quick(MLRPL):
     def loss(self, batch, step):

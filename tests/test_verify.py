@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mlrpl import tables
-from mlrpl.reproduce import comparison_tables
+from mlrpl.comparison import comparison_tables
 from mlrpl.results import Results, collect
 from mlrpl.study import Workplace
 from mlrpl.training import load

@@ -1,0 +1,94 @@
+"""Notebooks executed with papermill: any of a study's, and the two that make up a run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlrpl.errors import StoppedError, StudyError
+from mlrpl.files import atomic, remove_temporary
+from mlrpl.interrupt import passed_on, stop_requests
+from mlrpl.locks import locked
+from mlrpl.memory import ADVICE
+from mlrpl.process import import_jsonschema
+from mlrpl.study import ORPHAN_SECONDS, STAGES, Job, Workplace
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def execute(notebook: str, destination: Path, **parameters: Any) -> None:
+    """Execute a notebook of the study with papermill; `destination` appears only when all its cells have run.
+
+    Raises:
+        StudyError: with the notebook's own message where a cell fails; the failed notebook is kept as *.failed.ipynb.
+        StoppedError: where the notebook ended on request.
+    """
+    import_jsonschema()
+    import papermill  # here, since training alone does not need it
+    from papermill.exceptions import PapermillExecutionError
+
+    source = NOTEBOOKS / f"{notebook}.ipynb"
+    if not source.exists():
+        raise StudyError(
+            f"notebooks/{notebook}.ipynb is missing: run from a clone of the repository, installed with pip -e"
+        )
+    failed = destination.with_suffix(".failed.ipynb")
+    with atomic(destination) as partial:
+        working = partial.with_name(f"{partial.name}.ipynb")
+        try:
+            shutil.copyfile(source, working)  # papermill notes where a notebook came from
+            papermill.execute_notebook(
+                str(working),
+                str(working),
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                log_output=False,
+                start_timeout=300,  # a busy machine takes its time
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what goes wrong in a cell is in the notebook
+            )
+            working.replace(partial)
+            failed.unlink(missing_ok=True)
+        except PapermillExecutionError as error:
+            if error.ename in (StoppedError.__name__, KeyboardInterrupt.__name__):
+                raise StoppedError(error.evalue or f"{notebook}: interrupted; the same command goes on") from None
+            working.replace(failed)
+            reason = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
+            raise StudyError(f"{reason.splitlines()[0]} (see {failed.name})") from None
+        except RuntimeError as error:  # the kernel died
+            raise StudyError(f"{notebook}: {str(error).splitlines()[0]}; if for want of memory: {ADVICE}") from None
+        finally:
+            working.unlink(missing_ok=True)
+
+
+def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bool = False) -> None:
+    """What `mlrpl run` does: the two notebooks of one run, each only where needed.
+
+    Raises:
+        StudyError: where another process is at this run, or a notebook fails.
+        StoppedError: on Ctrl-C or SIGTERM; training has finished its checkpoint then.
+    """
+    with stop_requests() as asked, passed_on(asked):
+        try:
+            _execute_run(place, place.job(name), device, tensorboard)
+        except (Exception, KeyboardInterrupt) as error:
+            if not asked.is_set() or isinstance(error, StoppedError):
+                raise
+            raise StoppedError(f"run {name}: interrupted; the same command goes on from its checkpoint") from None
+
+
+def _execute_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> None:
+    name = job.run.name
+    job.folder.mkdir(parents=True, exist_ok=True)
+    parameters = notebook_parameters(place, RUN=name, DEVICE=device)
+    own: dict[str, dict[str, Any]] = {"train": {"TENSORBOARD": tensorboard}, "evaluate": {}}
+    with locked(job.folder, f"run {name}: another process is training it"):
+        with locked(job.folder, f"run {name}: another process is at it", "work.", ORPHAN_SECONDS):
+            remove_temporary(job.folder)
+        for stage, notebook in STAGES.items():
+            if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
+                execute(notebook, job.folder / f"{notebook}.ipynb", **parameters, **own[stage])
+
+
+def notebook_parameters(place: Workplace, **more: Any) -> dict[str, Any]:
+    """The parameters that all notebooks share, and more."""
+    return {"STUDY": place.given, "RUNS": str(place.root), **more}
