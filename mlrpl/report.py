@@ -6,6 +6,7 @@ MathJax.
 """
 
 import base64
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 URI_SAFE = " !$()*+,-./:;=?@_~'"  # as they are inside a quoted attribute's URI
-PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+PICTURE_TYPES = (".svg", ".png")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -107,6 +108,7 @@ def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
         raise StudyError(f"{notebook}: not a notebook; delete it and run the study again") from error
     exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(TEMPLATES)])
+    exporter.register_filter("png_uri", lambda text: _png_uri(base64.b64decode(text)))
     body, _ = exporter.from_notebook_node(_for_readers(cells))
     _write(destination, "notebook.html.j2", title=title, home=home, body=Markup(body))  # nbconvert has escaped it
 
@@ -190,16 +192,22 @@ def _cell(value: object) -> str | Link:
 
 def _data_uri(path: Path) -> str:
     """The picture as a data URI; SVG as text, which base64 would make a third longer."""
-    kind = PICTURE_TYPES.get(path.suffix.lower())
-    if kind is None:
+    kind = path.suffix.lower()
+    if kind not in PICTURE_TYPES:
         raise StudyError(f"{path}: only {' and '.join(PICTURE_TYPES)} pictures can be embedded")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); make the figure again") from error
-    if kind == PICTURE_TYPES[".svg"]:
-        return f"data:{kind},{quote(content, safe=URI_SAFE)}"
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/svg+xml,{quote(content, safe=URI_SAFE)}" if kind == ".svg" else _png_uri(content)
+
+
+def _png_uri(content: bytes) -> str:
+    """A PNG as a data URI of a lossless WebP: the same pixels in a fifth less."""
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.save(small, "webp", lossless=True)
+    return f"data:image/webp;base64,{base64.b64encode(small.getvalue()).decode()}"
 
 
 def _screen_width(path: Path) -> int:

@@ -1,5 +1,7 @@
 """Pages stand alone, say what they are given, and work in a browser without a network."""
 
+import base64
+import io
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat import v4
+from PIL import Image
 
 from mlrpl import figures
 from mlrpl.config import load_study
@@ -155,6 +158,23 @@ def test_failing_cell_shows_its_error(tmp_path):
     notebook_to_html(tmp_path / "n.ipynb", tmp_path / "n.html", "Failed", "index.html")
     html = (tmp_path / "n.html").read_text(encoding="utf-8")
     assert re.search(r'class="error">\s*<span class="ansi-red-fg">E</span>: a &lt; b', html)
+
+
+def test_pages_hold_the_pixels_of_a_png_in_fewer_bytes(tmp_path, picture):
+    picture = picture.with_suffix(".png")
+    content = base64.b64encode(picture.read_bytes()).decode()
+    shown = v4.new_output("display_data", data={"image/png": content}, metadata={"image/png": {"width": 130}})
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("draw()", outputs=[shown])]), tmp_path / "n.ipynb")
+    notebook_to_html(tmp_path / "n.ipynb", tmp_path / "n.html", "Drawn", "index.html")
+    write_index(
+        tmp_path / "i.html", title="t", lead="", sections=[Section("S", figures=[Picture(picture)])], provenance={}
+    )
+    for page in ("n.html", "i.html"):
+        html = (tmp_path / page).read_text(encoding="utf-8")
+        (embedded,) = re.findall(r'src="data:image/webp;base64,([^"]+)"', html)
+        assert len(embedded) < len(content)
+        with Image.open(io.BytesIO(base64.b64decode(embedded))) as ours, Image.open(picture) as original:
+            assert ours.convert("RGBA").tobytes() == original.convert("RGBA").tobytes()
 
 
 def test_bad_input_leaves_the_old_page(tmp_path, overview):
