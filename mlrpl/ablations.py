@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Ablation, load_study
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
 from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace

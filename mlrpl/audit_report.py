@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
+from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save, styled
 from mlrpl.errors import StudyError
-from mlrpl.figures import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save, styled
 from mlrpl.results import Results
 from mlrpl.words import counted
 

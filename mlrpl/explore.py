@@ -23,8 +23,7 @@ from torch import Tensor
 
 from mlrpl.config import study_names
 from mlrpl.data import Case
-from mlrpl.errors import StudyError
-from mlrpl.figures import (
+from mlrpl.drawing import (
     add_legend,
     class_colour,
     dark_edge,
@@ -34,6 +33,7 @@ from mlrpl.figures import (
     styled,
     write_fitted,
 )
+from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method

@@ -14,16 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Run
-from mlrpl.figures import (
-    CURVES,
-    METHOD_COLOURS,
-    STEPS,
-    WIDTH,
-    NotebookFigure,
-    add_legend,
-    smoothed,
-    styled,
-)
+from mlrpl.drawing import METHOD_COLOURS, STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.figures import CURVES, smoothed
 
 FLOAT32 = "float32"
 FLOAT32_COLOUR, REDUCED_COLOUR = METHOD_COLOURS["Control (β = 0)"], METHOD_COLOURS["MLRPL"]

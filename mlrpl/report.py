@@ -22,8 +22,8 @@ from markupsafe import Markup
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
+from mlrpl.drawing import DPI, SCREEN
 from mlrpl.errors import StudyError
-from mlrpl.figures import DPI, SCREEN
 from mlrpl.files import atomic
 from mlrpl.process import import_jsonschema
 

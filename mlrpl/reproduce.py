@@ -29,6 +29,7 @@ REPORTING = (
     "ablations",
     "audit_report",
     "comparison",
+    "drawing",
     "explore",
     "figures",
     "precision_report",
@@ -219,9 +220,9 @@ def _source(*files: Path) -> list[str]:
 
 
 def _data_key(place: Workplace) -> dict[str, str]:
-    return {
-        "key": _hash([place.store.fingerprint, place.study.dataset.model_dump(), _source(NOTEBOOKS / "01-data.ipynb")])
-    }
+    """What 01-data depends on."""
+    sources = NOTEBOOKS / "01-data.ipynb", PACKAGE / "data_report.py", PACKAGE / "drawing.py"
+    return {"key": _hash([place.store.fingerprint, place.study.dataset.model_dump(), _source(*sources)])}
 
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy import stats
 
-from mlrpl.figures import WIDTH, NotebookFigure, add_legend, colours, styled
+from mlrpl.drawing import WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import comparison, per_seed
 
 LEVEL = 0.95

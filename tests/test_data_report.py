@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_raw import write
 
-from mlrpl import data_report, figures
+from mlrpl import data_report
 from mlrpl.config import Dataset
 from mlrpl.data import prepare
 
@@ -52,7 +52,7 @@ def test_cases_for_pictures_are_few_and_of_every_split(store):
 
 
 def test_grids_are_those_of_the_files(store):
-    figure = figures.grids(store)
+    figure = data_report.grids(store)
     spacing, extent = figure.axes
     values = [
         np.concatenate([line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 7])

@@ -15,22 +15,17 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mlrpl.data.store import Case
+from mlrpl.data_report import case_montage, intensity_histograms, label_volumes
+from mlrpl.drawing import METHOD_COLOURS, STYLE, colours, save
 from mlrpl.figures import (
-    METHOD_COLOURS,
     POINTS,
-    STYLE,
     CaseView,
-    case_montage,
     checks,
-    colours,
     contours,
     distributions,
-    intensity_histograms,
     label_efficiency,
-    label_volumes,
     learning_curves,
     panels,
-    save,
 )
 from mlrpl.tables import comparison, per_case
 

@@ -12,7 +12,7 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from mlrpl import figures
+from mlrpl import drawing
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
@@ -336,13 +336,13 @@ def test_pictures_are_shown_at_one_scale(tmp_path, kind, browser):
     """So that letters are as large in a narrow figure as in a wide one, whichever file is embedded."""
     for name, inches in (("narrow", 4.0), ("full", 7.2)):
         figure = plt.figure(figsize=(inches, 3))
-        figures.save(figure, tmp_path, name)
+        drawing.save(figure, tmp_path, name)
         plt.close(figure)
     pictures = [Picture(tmp_path / f"{name}.{kind}") for name in ("narrow", "full")]
     write_index(tmp_path / "i.html", title="t", lead="", sections=[Section("S", figures=pictures)], provenance={})
     browser.open(tmp_path / "i.html", width=1400)
     widths = browser.evaluate("[...document.images].map(image => image.getBoundingClientRect().width)")
-    assert widths == pytest.approx([4 * figures.SCREEN, 7.2 * figures.SCREEN], abs=1)
+    assert widths == pytest.approx([4 * drawing.SCREEN, 7.2 * drawing.SCREEN], abs=1)
 
 
 def test_provenance_is_folded(index, browser):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mlrpl.bench.methods import PLAIN
 from mlrpl.bench.works import Size
-from mlrpl.figures import METHOD_COLOURS, WIDTH, NotebookFigure, save, styled
+from mlrpl.drawing import METHOD_COLOURS, WIDTH, NotebookFigure, save, styled
 from mlrpl.report import Link, Picture, Section, write_index
 from mlrpl.training import COMPILED_FROM
 
