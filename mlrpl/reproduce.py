@@ -141,12 +141,12 @@ def _reproduce(
         return failures
     state = _report_key(place, found)
     index = place.results / "index.html"
-    if not todo and index.exists() and read_json(place.runs / "report.json") == state:
+    if not todo and index.exists() and read_json(place.runs / "report.json") == {**state, "page": _source(index)}:
         print("  nothing to do: every run is finished and the report is up to date")
     else:
         print("  writing the report", flush=True)
         write_report(place, found, device)
-        write_json(place.runs / "report.json", state)
+        write_json(place.runs / "report.json", {**state, "page": _source(index)})  # git may bring back an older page
         _compare_with_committed(found, committed)
     print()
     print(tables.to_markdown(headline(found, place)))

@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 
+import mlrpl.reproduce
 from mlrpl.comparison import case_views
 from mlrpl.evaluation import LARGEST
 from mlrpl.files import read_json
@@ -387,6 +388,18 @@ def test_what_is_to_do_follows_the_settings(place):
     assert place(settings={**TINY["settings"], "iterations": 7}) == both
     assert place(settings={**TINY["settings"], "beta_max": 0.5}) == ["mlrpl-1-s0"]  # V-Net has no β
     assert place(dataset={**TINY["dataset"], "options": {**TINY["dataset"]["options"], "seed": 1}}) == both
+
+
+def test_an_older_page_that_git_brought_back_is_written_anew(place, monkeypatch):
+    place()
+    written: list[Workplace] = []
+    monkeypatch.setattr("mlrpl.reproduce.write_report", lambda at, *_: written.append(at))
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
+    assert written == []
+    page = Path("results/tiny/index.html")
+    page.write_text(page.read_text(encoding="utf-8") + "<!-- older -->", encoding="utf-8")
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
+    assert len(written) == 1
 
 
 def test_two_runs_of_one_key_are_one_job(place):
