@@ -18,7 +18,7 @@ from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
 from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace
-from mlrpl.tables import chosen, conditions, titled
+from mlrpl.tables import chosen, conditions, titled, two_decimals, with_interval
 
 OURS, PAPER = "#D55E00", "#0072B2"
 
@@ -97,19 +97,15 @@ def caution(rows: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     """:func:`table` as text."""
-
-    def ranged(mean: float, low: float, high: float) -> str:
-        return "—" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
     view = pd.DataFrame(
         {
             ablation.axis: [
                 f"{v} (reference)" if r else v for v, r in zip(rows["variant"], rows["reference"], strict=True)
             ],
-            "Dice (%) [95 %]": [ranged(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
-            "sd over seeds": rows["sd"].map(lambda sd: "—" if pd.isna(sd) else f"{sd:.2f}"),
+            "Dice (%) [95 %]": [with_interval(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
+            "sd over seeds": rows["sd"].map(two_decimals),
             "Difference, seed by seed [95 %]": [
-                ranged(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
+                with_interval(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
             "Seeds above": seeds_above(rows),
             "Seeds": rows["seeds"].astype(str),

@@ -26,6 +26,7 @@ from mlrpl.drawing import DPI, SCREEN
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
 from mlrpl.process import import_jsonschema
+from mlrpl.tables import two_decimals
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -187,7 +188,7 @@ def _cell(value: object) -> str | Link:
         return value
     if pd.isna(value):
         return "—"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return two_decimals(value) if isinstance(value, float) else str(value)
 
 
 def _data_uri(path: Path) -> str:

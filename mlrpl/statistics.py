@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy import stats
 
 from mlrpl.drawing import WIDTH, NotebookFigure, add_legend, colours, styled
-from mlrpl.tables import comparison, per_seed
+from mlrpl.tables import comparison, per_seed, two_decimals, with_interval
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -160,10 +160,6 @@ def summary(
 
 def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = REFERENCE) -> pd.DataFrame:
     """`summary` as text."""
-
-    def ranged(mean: float, low: float, high: float) -> str:
-        return "—" if pd.isna(mean) else f"{mean:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]")
-
     rows = table.to_dict("records")
     several = table["reference"].nunique() > 1
     to, above = ("", "") if several else (f" to {reference}", f" {reference}")
@@ -171,11 +167,11 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = R
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            f"{heading} [95 %]": [ranged(r["mean"], r["low"], r["high"]) for r in rows],
-            "sd over seeds": ["—" if pd.isna(r["sd"]) else f"{r['sd']:.2f}" for r in rows],
+            f"{heading} [95 %]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
+            "sd over seeds": table["sd"].map(two_decimals),
             **({"Compared with": table["reference"].fillna("—")} if several else {}),
             f"Difference{to}, seed by seed [95 %]": [
-                ranged(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
+                with_interval(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
             f"Seeds above{above}": seeds_above(table),
             "p": table["p"].map(probability),

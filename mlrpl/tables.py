@@ -126,7 +126,7 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     view["Seeds"] = table["seeds"].astype(str)
     for column, heading in {"paper_dice": "Paper: Dice (%)", "paper_hd95": "Paper: 95HD (voxels)"}.items():
         if column in table and table[column].notna().any():
-            view[heading] = table[column].map(_number)
+            view[heading] = table[column].map(two_decimals)
     return view
 
 
@@ -213,12 +213,12 @@ def formatted_largest(
     headings = {"all": "All components: Dice (%)", "largest": "Largest alone: Dice (%)"}
     view = _formatted_gain(table, headings, Selection=table["selection"])
     for name, heading in {"all": f"All: 95HD ({unit})", "largest": f"Largest: 95HD ({unit})"}.items():
-        view[heading] = distances[name].map(_number).to_list()
+        view[heading] = distances[name].map(two_decimals).to_list()
     figures = {(f["title"], f["labelled"], "published"): f for f in paper}
     found = [figures.get(row, {}) for row in zip(table["title"], table["labelled"], table["selection"], strict=True)]
     for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
         if any(name in figure for figure in found):
-            view[heading] = [_number(figure.get(name, float("nan"))) for figure in found]
+            view[heading] = [two_decimals(figure.get(name, float("nan"))) for figure in found]
     return view
 
 
@@ -251,7 +251,7 @@ def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], **more: pd
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
             **more,
-            **{heading: table[name].map(_number) for name, heading in headings.items()},
+            **{heading: table[name].map(two_decimals) for name, heading in headings.items()},
             "Difference": [_mean_and_sd(*pair) for pair in pairs],
         }
     )
@@ -341,7 +341,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub table, aligned in plain text too; numbers to the right, floats with two decimals, NaN as a dash."""
     columns = []
     for name, values in table.items():
-        cells = [_number(value) if isinstance(value, float) else str(value) for value in values]
+        cells = [two_decimals(value) if isinstance(value, float) else str(value) for value in values]
         columns.append([text.replace("|", "\\|") for text in (str(name), *cells)])
     widths = [max(3, *map(len, column)) for column in columns]
     numeric = [all(text[:1].isdigit() or text[:1] in "-−—" for text in column[1:]) for column in columns]
@@ -367,7 +367,9 @@ LATEX = {
 
 def to_latex(table: pd.DataFrame) -> str:
     """A booktabs tabular, numbers to the right; what is special to LaTeX is escaped."""
-    columns = {name: [_number(v) if isinstance(v, float) else str(v) for v in values] for name, values in table.items()}
+    columns = {
+        name: [two_decimals(v) if isinstance(v, float) else str(v) for v in values] for name, values in table.items()
+    }
     text = pd.DataFrame({_latex(str(name)): list(map(_latex, cells)) for name, cells in columns.items()})
     right = [all(cell[:1].isdigit() or cell[:1] in "-−—<" for cell in cells) for cells in columns.values()]
     return text.style.hide(axis="index").to_latex(hrules=True, column_format="".join("r" if r else "l" for r in right))
@@ -381,8 +383,8 @@ def _latex(text: str) -> str:
 def every_case(metrics: pd.DataFrame) -> pd.DataFrame:
     """One run's test cases as text: final weights, decoder 1."""
     rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
-    percent = {name: (rows[name] * 100).map(_number) for name in ("dice", "jaccard")}
-    distances = {name: rows[name].map(_number) for name in ("hd95", "asd")}
+    percent = {name: (rows[name] * 100).map(two_decimals) for name in ("dice", "jaccard")}
+    distances = {name: rows[name].map(two_decimals) for name in ("hd95", "asd")}
     return rows[["case", "class"]].assign(**percent, **distances).reset_index(drop=True)
 
 
@@ -448,9 +450,15 @@ def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
             partial.write_text(text, encoding="utf-8")
 
 
-def _number(value: float) -> str:
-    return "—" if pd.isna(value) else f"{value:.2f}"
+def two_decimals(value: float) -> str:
+    """A number as tables have it: two decimals, never "-0.00"; a dash for NaN."""
+    return "—" if pd.isna(value) else f"{value:z.2f}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A number with its interval, "82.20 [80.81, 83.23]"; alone where there is none (NaN)."""
+    return two_decimals(value) if pd.isna(low) else f"{two_decimals(value)} [{two_decimals(low)}, {two_decimals(high)}]"
 
 
 def _mean_and_sd(mean: float, deviation: float) -> str:
-    return _number(mean) if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
+    return two_decimals(mean) if pd.isna(deviation) else f"{two_decimals(mean)} ± {deviation:.2f}"

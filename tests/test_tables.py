@@ -27,6 +27,8 @@ from mlrpl.tables import (
     titled,
     to_latex,
     to_markdown,
+    two_decimals,
+    with_interval,
 )
 
 CASES = ["a", "b", "c"]
@@ -352,3 +354,10 @@ def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, r
     assert shown.loc[("8", "MLRPL", "last"), "Paper: Dice (%)"] == "—"
     pd.testing.assert_frame_equal(comparison(both, runs), comparison(metrics, runs))  # the others know nothing of it
     assert len(formatted_largest(metrics, runs, PAPER)) == 0
+
+
+def test_a_difference_of_almost_nothing_has_no_sign():
+    assert two_decimals(-0.001) == "0.00"
+    assert two_decimals(float("nan")) == "—"
+    assert with_interval(-0.001, -0.37, 0.38) == "0.00 [-0.37, 0.38]"
+    assert with_interval(82.2, float("nan"), float("nan")) == "82.20"
