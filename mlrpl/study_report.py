@@ -39,7 +39,7 @@ beginning to end have no undisturbed step. Only steps of one machine compare, an
 page *Speed* has all methods side by side. Passes without gradient count as volumes too."""
 LARGEST = """Dice (%) and 95HD of decoder 1 as predicted, and with each class's largest connected component alone. It is
 no part of the protocol here; much published code evaluates so, and whether the paper's figures were obtained with it is
-not known. Islands far off cost little Dice and much distance."""
+not known. Islands far off cost little Dice and much distance. Means over the seeds that have rows for it."""
 NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
 unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
 of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what

@@ -219,7 +219,7 @@ def formatted_largest(
     for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
         if any(name in figure for figure in found):
             view[heading] = [two_decimals(figure.get(name, float("nan"))) for figure in found]
-    return view
+    return view.assign(Seeds=table["seeds"].astype(str))  # fewer than of the comparison where rows are older
 
 
 def _gain(

@@ -349,6 +349,7 @@ def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, r
     shown = formatted_largest(both, runs, PAPER, "mm").set_index(["Labelled", "Method", "Selection"])
     line = shown.loc[("8", "MLRPL", "published")]
     assert line["Paper: Dice (%)"] == "89.86"
+    assert line["Seeds"] == "3"
     assert line["Paper: 95HD (voxels)"] == "6.91"
     assert float(line["All: 95HD (mm)"]) - float(line["Largest: 95HD (mm)"]) == pytest.approx(0.5, abs=0.011)
     assert shown.loc[("8", "MLRPL", "last"), "Paper: Dice (%)"] == "—"
