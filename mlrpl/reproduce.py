@@ -220,9 +220,10 @@ def _source(*files: Path) -> list[str]:
 
 
 def _data_key(place: Workplace) -> dict[str, str]:
-    """What 01-data depends on."""
+    """What 01-data depends on, and where it puts its figures."""
     sources = NOTEBOOKS / "01-data.ipynb", PACKAGE / "data_report.py", PACKAGE / "drawing.py"
-    return {"key": _hash([place.store.fingerprint, place.study.dataset.model_dump(), _source(*sources)])}
+    settings = place.study.dataset.model_dump(), str(place.results.parent)
+    return {"key": _hash([place.store.fingerprint, settings, _source(*sources)])}
 
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:

@@ -402,6 +402,14 @@ def test_an_older_page_that_git_brought_back_is_written_anew(place, monkeypatch)
     assert len(written) == 1
 
 
+def test_other_results_get_pictures_of_the_data_too(place, monkeypatch):
+    place()
+    page = Path("elsewhere/tiny/index.html")
+    monkeypatch.setattr("mlrpl.reproduce.write_report", lambda *_: page.write_text("written"))
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu", results="elsewhere")
+    assert (page.parent / "figures/montage.svg").exists()
+
+
 def test_two_runs_of_one_key_are_one_job(place):
     mlrpl = TINY["runs"][1]
     assert place(runs=[{**mlrpl, "labelled": 2}, {**mlrpl, "variant": "twin", "labelled": 2}]) == ["mlrpl-2-s0"]
