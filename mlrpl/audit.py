@@ -92,15 +92,15 @@ class Audit:
         self.references = Ahead(self._reference, stride=every)
 
     @contextmanager
-    def observing(self, network: nn.Module, iteration: int) -> Iterator[None]:
-        """Audit what `network` puts out within, where the iteration is due; its first pass counts."""
+    def observing(self, network: nn.Module, iteration: int) -> Iterator[bool]:
+        """Audit what `network` puts out within, if the iteration is due; yields whether. Its first pass counts."""
         if iteration % self.every:
-            yield
+            yield False
             return
         seen: list[tuple[list[Tensor], list[Tensor]]] = []
         handle = network.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
         try:
-            yield
+            yield True
         finally:
             handle.remove()
         logits, features = seen[0]

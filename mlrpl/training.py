@@ -38,6 +38,7 @@ from mlrpl.interrupt import stop_requests
 from mlrpl.memory import require
 from mlrpl.methods import Method, Step, build
 from mlrpl.networks import count_parameters, to_channels_last
+from mlrpl.optimisation import Optimisation, make_optimizer, restore, set_rate
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.process import tune
 from mlrpl.provenance import device_name, environment
@@ -210,11 +211,6 @@ def stage(batch: Batch, device: torch.device) -> Batch:
     return Batch(image.pin_memory(), batch.label.pin_memory()) if device.type == "cuda" else Batch(image, batch.label)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; from pinned memory the copy is not waited for."""
-    return Batch(batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))
-
-
 def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[str], list[str]]:
     """Ids of the labelled and the unlabelled cases: the first `labelled` of the training list, and all others.
 
@@ -265,40 +261,6 @@ def check_cases(store: Store) -> list[str]:
     return store.ids("val") or store.ids("test")
 
 
-def optimise(
-    method: Method,
-    batch: Batch,
-    step: Step,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: Precision,
-) -> dict[str, Tensor]:
-    """One step of training on a batch that is on the method's device.
-
-    Returns:
-        The method's terms, still on the device: nothing here waits for a GPU (but float16's scaler, which must).
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.image.device.type, dtype=precision.dtype, enabled=precision.reduced):
-        terms = method.loss(batch, step)
-    scaler.scale(terms["total"]).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    method.after_step(step)
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def make_optimizer(method: Method) -> torch.optim.SGD:
-    """Stochastic gradient descent over the method's trainable parameters, with its settings."""
-    settings = method.settings
-    return torch.optim.SGD(
-        [p for p in method.parameters() if p.requires_grad],
-        settings.learning_rate,
-        settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-
-
 class Trainer:
     """One run from wherever its folder says it stands to its last iteration.
 
@@ -336,6 +298,7 @@ class Trainer:
         self._resume()
         if compilation_pays(device, run.settings.iterations - self.iteration):
             self.method.compile_parts()
+        self.optimise = Optimisation(self.method, self.optimizer, self.scaler, self.precision, device)
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
         self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)
         self.check_log = Log(folder / "checks.csv", CHECK_COLUMNS, self.iteration, board)
@@ -378,7 +341,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.precision = Precision(state["precision"], state["reason"])
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
         self.published = state["published"]
         self.audit_seconds = state.get("audit_seconds", 0.0)
@@ -392,14 +355,12 @@ class Trainer:
         """One step of training, that of the iteration given (from 1); returns its terms, still on the device."""
         settings = self.run.settings
         generator = seed_iteration(self.run.seed, iteration, self.device)
-        batch = to_device(self.staged(iteration), self.device)
         step = Step(iteration, settings.iterations, generator)
         rate = learning_rate(settings.lr_schedule, settings.learning_rate, iteration, settings.iterations)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        auditing = self.audit.observing(self.method.network, iteration) if self.audit else nullcontext()
-        with auditing:
-            terms = optimise(self.method, batch, step, self.optimizer, self.scaler, self.precision)
+        set_rate(self.optimizer, rate)
+        auditing = self.audit.observing(self.method.network, iteration) if self.audit else nullcontext(False)
+        with auditing as observed:
+            terms = self.optimise(self.staged(iteration), step, observed)
         return {**terms, "learning_rate": rate}
 
     def _weights(self) -> dict[str, Any]:
@@ -500,6 +461,7 @@ class Trainer:
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
             "compiled": self.method.compiled,
+            "replayed": self.optimise.replays,
             "parameters": count_parameters(self.method),
             "seconds": round(self.seconds, 1),
             **({"audit_seconds": round(self.audit.seconds, 2)} if self.audit else {}),

@@ -34,9 +34,10 @@ from mlrpl.methods.ssnet import MEMORIES, RADIUS, WIDTH, ClassMemory
 from mlrpl.methods.uamt import certainty_threshold, masked_consistency
 from mlrpl.methods.urpc import pyramid_consistency
 from mlrpl.networks import VNet, count_parameters
+from mlrpl.optimisation import make_optimizer, optimise
 from mlrpl.precision import Precision, worst_layer
 from mlrpl.reliability import entropy
-from mlrpl.training import make_optimizer, optimise, seed_iteration
+from mlrpl.training import seed_iteration
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")

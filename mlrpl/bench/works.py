@@ -23,9 +23,10 @@ from mlrpl.evaluation import predict_case, predicting, test_dice
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
+from mlrpl.optimisation import Optimisation, make_optimizer, optimise, to_device
 from mlrpl.precision import Precision, choose_precision, exact
 from mlrpl.reliability import entropy, mutual_loss
-from mlrpl.training import make_optimizer, optimise, seed_iteration, stage, to_device
+from mlrpl.training import seed_iteration, stage
 
 FLOAT32 = Precision("float32")
 BETA = 0.1  # β of the timed steps
@@ -170,16 +171,21 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
     method, settings = pair.method, pair.method.settings
     optimizer = make_optimizer(method)
     scaler = torch.amp.GradScaler(device.type, enabled=pair.precision.name == "float16")
-    still = torch.amp.GradScaler(device.type, enabled=False)
+    as_run = Optimisation(method, optimizer, scaler, pair.precision, device)
     plain_optimizer = torch.optim.SGD(pair.plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     batch = make_batch(method, size)
     staged = stage(batch, device)
     iteration = settings.ramp_iterations
 
-    def ours(precision: Precision = pair.precision, scaler: torch.amp.GradScaler = scaler) -> dict[str, Tensor]:
-        generator = seed_iteration(0, iteration, device)
-        step = Step(iteration, settings.iterations, generator)
-        return optimise(method, to_device(staged, device), step, optimizer, scaler, precision)
+    def next_step() -> Step:
+        return Step(iteration, settings.iterations, seed_iteration(0, iteration, device))
+
+    def ours() -> dict[str, Tensor]:
+        return as_run(staged, next_step())
+
+    def ours_exact() -> dict[str, Tensor]:
+        still = torch.amp.GradScaler(device.type, enabled=False)
+        return optimise(method, to_device(staged, device), next_step(), optimizer, still, FLOAT32)
 
     def plain() -> dict[str, float]:
         seed_iteration(0, iteration, device)
@@ -189,7 +195,7 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
     def difference() -> float:
         gradients = exact_gradients(pair)
         with exact():
-            terms, expected = ours(FLOAT32, still), plain()
+            terms, expected = ours_exact(), plain()
         losses = [abs(terms[name].item() - value) / max(abs(value), 1e-12) for name, value in expected.items()]
         return max(*losses, relative(*gradients))
 

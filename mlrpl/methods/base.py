@@ -18,11 +18,15 @@ OUTPUTS = ("decoder1", "mean")
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands: `iteration` counts from 1; `generator`'s state is a function of (seed, iteration)."""
+    """Where training stands: `iteration` counts from 1; `generator`'s state is a function of (seed, iteration).
+
+    `beta` is where a step that is recorded for a GPU finds β (`mlrpl.optimisation`).
+    """
 
     iteration: int
     iterations: int
     generator: torch.Generator
+    beta: Tensor | None = None
 
 
 class Method(nn.Module):
@@ -34,6 +38,9 @@ class Method(nn.Module):
         needs_unlabelled: False for a method that also trains on a `batch` without unlabelled volumes.
         outputs: what `predict` offers, of `OUTPUTS`.
         unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
+        replayable: whether a step is the same work in every iteration, so that a GPU may record and replay it. Of what
+            changes, `loss` then uses the batch, β from `beta`, and draws from PyTorch's global generators; `after_step`
+            nothing; and neither waits for the device.
         compiled: whether `compile_parts` was called.
 
     Args:
@@ -47,6 +54,7 @@ class Method(nn.Module):
     needs_unlabelled: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = OUTPUTS
     unused_settings: ClassVar[frozenset[str]] = frozenset()
+    replayable: ClassVar[bool] = False
     network: VNet
     compiled = False
 
@@ -83,8 +91,10 @@ class Method(nn.Module):
                 part.compile(dynamic=False, **options)
         self.compiled = not torch._dynamo.config.disable
 
-    def beta(self, step: Step) -> float:
-        """The unsupervised term's weight at this step."""
+    def beta(self, step: Step) -> float | Tensor:
+        """The unsupervised term's weight at this step; a scalar on the device where the step is recorded."""
+        if step.beta is not None:
+            return step.beta
         return consistency_weight(step.iteration, self.settings.ramp_iterations, self.settings.beta_max)
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:

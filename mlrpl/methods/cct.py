@@ -62,6 +62,7 @@ class CCT(Method):
     """Cross-consistency training; the main decoder predicts."""
 
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
+    replayable: ClassVar[bool] = True
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__(settings, in_channels, num_classes)

@@ -38,6 +38,7 @@ class MCNet(Method):
     """MC-Net: two decoders, transposed convolutions and trilinear interpolation."""
 
     upsamplings: ClassVar[tuple[str, ...]] = ("deconv", "trilinear")
+    replayable: ClassVar[bool] = True
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__(settings, in_channels, num_classes)

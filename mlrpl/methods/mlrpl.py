@@ -39,6 +39,7 @@ class MLRPL(Method):
     """
 
     needs_unlabelled: ClassVar[bool] = False
+    replayable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -70,13 +71,13 @@ class MLRPL(Method):
         labelled = len(batch.label)
         supervised = sum(dice_loss(z[:labelled].float().softmax(1), batch.label) for z in logits)
         beta = self.beta(step)
-        with torch.set_grad_enabled(beta > 0):
+        with torch.set_grad_enabled(self.settings.beta_max > 0):
             mutual = self.mutual_loss(logits, features, **self.reliability)
         return {
             "total": self.gamma * supervised + beta * mutual,
             "supervised": supervised,
             "mutual": mutual,
-            "beta": supervised.new_full((), beta),
+            "beta": supervised.new_zeros(()) + beta,
             "pseudo_foreground": foreground_fraction(logits[0][labelled:]),
             "dice": batch_dice(logits[0][:labelled], batch.label),
         }

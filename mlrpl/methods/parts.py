@@ -21,7 +21,12 @@ CONSISTENCY = 0.1  # factor before β in the methods that follow UA-MT's code (U
 
 
 def terms(
-    supervised: Tensor, mutual: Tensor, beta: float, logits: Tensor, labels: Tensor, weights: tuple[float, float]
+    supervised: Tensor,
+    mutual: Tensor,
+    beta: float | Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: tuple[float, float],
 ) -> dict[str, Tensor]:
     """What a semi-supervised method's `loss` returns.
 
@@ -37,7 +42,7 @@ def terms(
         "total": weights[0] * supervised + weights[1] * beta * mutual,
         "supervised": supervised,
         "mutual": mutual,
-        "beta": supervised.new_full((), beta),
+        "beta": supervised.new_zeros(()) + beta,
         "pseudo_foreground": foreground_fraction(logits[len(labels) :]),
         "dice": batch_dice(logits[: len(labels)], labels),
     }

@@ -72,6 +72,7 @@ class URPC(Method):
     """Uncertainty-rectified pyramid consistency; the full-resolution head predicts."""
 
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
+    replayable: ClassVar[bool] = True
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__(settings, in_channels, num_classes)

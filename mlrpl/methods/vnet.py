@@ -20,6 +20,7 @@ class SupervisedVNet(Method):
     uses_unlabelled: ClassVar[bool] = False
     needs_unlabelled: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
+    replayable: ClassVar[bool] = True
     unused_settings: ClassVar[frozenset[str]] = frozenset({"beta_max", "ramp_iterations"})
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:

@@ -1,0 +1,151 @@
+"""One step of training, and how a GPU repeats it.
+
+A step of MLRPL starts about a thousand kernels, which takes the processor longer than they take a GPU. They are the
+same in every iteration, so a GPU records them once, as a CUDA graph, and from then on one call starts them all. What
+differs from one iteration to the next lies in tensors that stay where they are: the batch, the learning rate and β;
+PyTorch hands each replay the state of its random generator.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from mlrpl.data import Batch
+from mlrpl.methods import Method, Step
+from mlrpl.precision import Precision
+
+WARM_UP = 3  # steps before the recording: in them kernels are compiled, chosen and loaded
+SWITCH = "MLRPL_REPLAY"  # in the environment; 0: no step is recorded
+
+
+def optimise(
+    method: Method,
+    batch: Batch,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """One step of training on a batch that is on the method's device.
+
+    Returns:
+        The method's terms, still on the device: nothing here waits for a GPU (but float16's scaler, which must).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch.image.device.type, dtype=precision.dtype, enabled=precision.reduced):
+        terms = method.loss(batch, step)
+    scaler.scale(terms["total"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    method.after_step(step)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def make_optimizer(method: Method) -> torch.optim.SGD:
+    """Stochastic gradient descent over the method's trainable parameters, with its settings.
+
+    On a GPU it is one kernel, which reads its learning rate there.
+    """
+    settings = method.settings
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    gpu = parameters[0].is_cuda
+    rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if gpu else settings.learning_rate
+    return torch.optim.SGD(
+        parameters, rate, settings.momentum, weight_decay=settings.weight_decay, fused=True if gpu else None
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, where the optimizer keeps it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take momenta over from the state of an optimizer of another device, too; the settings stay."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; from pinned memory the copy is not waited for."""
+    return Batch(batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))
+
+
+class Optimisation:
+    """Steps of one method on one device: `optimise`, recorded and replayed where that can be.
+
+    It can be on a GPU, with a method that says so (`Method.replayable`), but not in float16, whose scaler waits. With
+    MLRPL_REPLAY=0 in the environment nothing is recorded.
+
+    Args:
+        method: on its device.
+        optimizer: its own.
+        scaler: enabled for float16.
+        precision: to train in.
+        device: where.
+
+    Attributes:
+        replays: whether steps are recorded here.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self.method, self.optimizer, self.scaler, self.precision = method, optimizer, scaler, precision
+        self.device = device
+        wanted = os.getenv(SWITCH, "1") != "0"
+        self.replays = device.type == "cuda" and method.replayable and not scaler.is_enabled() and wanted
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.steps = 0
+
+    def __call__(self, batch: Batch, step: Step, observed: bool = False) -> dict[str, Tensor]:
+        """One step on a batch that `training.stage` has made ready; returns its terms, still on the device.
+
+        A step that is `observed`, by hooks on the network, is not replayed: a replay calls no module.
+        """
+        if not self.replays:
+            return self._optimise(to_device(batch, self.device), step)
+        if self.steps == 0:
+            self.batch = to_device(batch, self.device)
+            self.beta = torch.zeros((), device=self.device)
+            self.stream = torch.cuda.Stream(self.device)
+        else:
+            self.batch.image.copy_(batch.image, non_blocking=True)
+            self.batch.label.copy_(batch.label, non_blocking=True)
+        self.beta.fill_(self.method.beta(step))
+        recorded = Step(step.iteration, step.iterations, step.generator, self.beta)
+        self.steps += 1
+        if observed or self.steps <= WARM_UP:
+            return self._beside(recorded)
+        if self.graph is None:
+            self._record(recorded)
+        self.graph.replay()
+        return dict(zip(self.terms, torch.stack(list(self.terms.values())).unbind(), strict=True))  # copies
+
+    def _optimise(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return optimise(self.method, batch, step, self.optimizer, self.scaler, self.precision)
+
+    def _beside(self, step: Step) -> dict[str, Tensor]:
+        """Autograd remembers the stream in which a parameter was first used; the recording needs one of its own."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            terms = self._optimise(self.batch, step)
+        current.wait_stream(self.stream)
+        return terms
+
+    def _record(self, step: Step) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Threads that crop the next batches pin memory meanwhile: only this thread's calls are part of the recording.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.terms = self._optimise(self.batch, step)
