@@ -217,6 +217,7 @@ def cancel(study: str, runs: Runs = "runs") -> None:
 def bench(
     device: Device = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: shows only that it works.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="After which no further measurement is begun.")] = None,
     results: Results = "results",
 ) -> None:
     """Time the package beside its plain formulation, and a step of each method; results/bench/index.html."""
@@ -224,7 +225,7 @@ def bench(
     from mlrpl.memory import exhaustion_explained
 
     with exhaustion_explained("bench", "the plain step at the size of `la` needs about 10 GB"):
-        print(measure(results, device, quick, lambda line: print(line, flush=True)))
+        print(measure(results, device, quick, lambda line: print(line, flush=True), minutes))
 
 
 @app.command(hidden=True)

@@ -143,3 +143,15 @@ def test_a_difference_ends_the_command_with_one_line(tmp_path, one_of_each, monk
     with pytest.raises(StudyError, match="differ in: training step, mutual loss"):
         run.bench(str(tmp_path), "cpu", quick=True, say=lambda _: None)
     assert not pd.read_csv(tmp_path / "bench" / "bench.csv")["equal"].all()
+
+
+@pytest.mark.slow
+def test_short_of_time_the_page_holds_what_was_measured(tmp_path, one_of_each):
+    page = run.bench(str(tmp_path), "cpu", quick=True, say=lambda _: None, minutes=0)
+    folder = tmp_path / "bench"
+    assert list(pd.read_csv(folder / "bench.csv")["work"]) == ["training step"]
+    assert list(pd.read_csv(folder / "methods.csv")["method"]) == ["plain"]
+    assert not (folder / "growth.csv").exists()
+    text = page.read_text()
+    assert "Methods, 32" in text
+    assert "<h2>Growth" not in text

@@ -59,31 +59,39 @@ def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Map
         provenance: as written beside it.
         size: of the methods' steps.
     """
-    save(growth_figure(tables["growth"]), folder / "figures", "growth")
-    save(costs_figure(tables["methods"]), folder / "figures", "methods")
-    pictures = {name: folder / "figures" / f"{name}.svg" for name in ("growth", "methods")}
+    drawn = {"growth": growth_figure, "methods": costs_figure}
+    for name, draw in drawn.items():
+        if len(tables[name]):
+            save(draw(tables[name]), folder / "figures", name)
+    pictures = {name: folder / "figures" / f"{name}.svg" for name in drawn}
     machine = provenance["machine"]
     facts = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in machine.items())
-    sections = [
-        Section("Goals", f"{facts}.\n\n{MAIN}", _main_table(tables["bench"])),
-        Section(
-            "Growth",
-            "How the time of a step, or of a check, grows with what it depends on; bars: lowest to highest.",
-            figures=[Picture(pictures["growth"], "Both axes are logarithmic.", "growth of time with size")],
-        ),
-        Section(
-            f"Methods, {size.setting}",
-            COSTS,
-            _methods_table(tables["methods"]),
-            figures=[Picture(pictures["methods"], "Time and peak memory of one step.", "cost of a step by method")],
-        ),
+    sections = [Section("Goals", f"{facts}.\n\n{MAIN}", _main_table(tables["bench"]))]
+    if len(tables["growth"]):
+        sections.append(
+            Section(
+                "Growth",
+                "How the time of a step, or of a check, grows with what it depends on; bars: lowest to highest.",
+                figures=[Picture(pictures["growth"], "Both axes are logarithmic.", "growth of time with size")],
+            )
+        )
+    if len(tables["methods"]):
+        sections.append(
+            Section(
+                f"Methods, {size.setting}",
+                COSTS,
+                _methods_table(tables["methods"]),
+                figures=[Picture(pictures["methods"], "Time and peak memory of one step.", "cost of a step by method")],
+            )
+        )
+    sections.append(
         Section(
             "Where a step's time goes",
             _machine_text(provenance["speed"]),
             tables["profile"].rename(columns=lambda name: name.replace("_", " ").capitalize()),
             links=[Link("Timeline of one step", "step-trace.json.gz")],
-        ),
-    ]
+        )
+    )
     page = folder / "index.html"
     write_index(
         page,

@@ -1,6 +1,8 @@
 """All measurements in order, and what is written: bench.csv, growth.csv, methods.csv, profile.csv, figure and page."""
 
 import importlib.util
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, library_window, metrics, mutual_losses, sliding_windows, training_step
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
+from mlrpl.optimisation import WARM_UP
 from mlrpl.process import tune
 from mlrpl.provenance import environment
 from mlrpl.training import find_device
@@ -44,6 +47,7 @@ def bench(
     device: str | None = None,
     quick: bool = False,
     say: Callable[[str], None] = print,
+    minutes: float | None = None,
 ) -> Path:
     """Measure everything and write `<results>/bench`; a GPU's figures go to `<results>/bench-cuda`.
 
@@ -52,6 +56,7 @@ def bench(
         device: where to measure; default: a GPU where there is one.
         quick: tiny sizes that show nothing but that it works.
         say: called with a line for each measurement.
+        minutes: after which nothing more is begun; what has not been measured is left out of the page.
 
     Returns:
         The page.
@@ -59,65 +64,128 @@ def bench(
     Raises:
         StudyError: for a device that is not there, or where both formulations differ.
     """
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     place = find_device(device)
     machine = hardware.capabilities(place)
     say(", ".join(f"{name}: {value}" for name, value in machine.items()))
-    folder = Path(results) / ("bench" if place.type == "cpu" else f"bench-{place.type}")
-    size = QUICK if quick else LA
+    measured = Bench(Path(results), place, quick, machine, say, until)
+    parts = [measured.methods, measured.works, measured.growth, measured.profile]
+    if place.type == "cuda":  # the most important first, where time may be short
+        parts = [measured.works, measured.profile, measured.methods, measured.growth]
+    for part in parts:
+        part()
+    return measured.finish()
 
-    tables: dict[str, pd.DataFrame] = {}
 
-    def keep(name: str, rows: list[dict[str, Any]] | pd.DataFrame) -> None:
-        """Written at once: a measurement that is cut off later keeps what it has."""
-        tables[name] = pd.DataFrame(rows)
-        with atomic(folder / f"{name}.csv") as partial:
-            tables[name].to_csv(partial, index=False, float_format="%.6g")
+class Bench:
+    """The parts of a bench. Each writes what it has measured at once: what is cut off later keeps what it has.
 
-    # First, since this process will keep what memory it takes from then on.
-    spent, alone = [], 3 if place.type == "cpu" else 10
-    for cost in costs(size, str(place), alone):
-        spent.append(cost)
-        told = cost["note"] or f"{cost['seconds']:.3g} s, {cost['peak_memory_mb']} MB"
-        say(f"step of {cost['method']}, {size.setting}: {told}")
-    methods = _compared(pd.DataFrame(spent))
-    keep("methods", methods)
+    On a CPU `methods` comes first, since `works` makes this process keep what memory it takes.
 
-    tune(place)
-    rows: list[dict[str, Any]] = []
-    for repeats, works in main_works(quick, place):
-        for work in works():
-            rows.append(_said(compare(work, repeats, place, machine["precision"]), say))
-            keep("bench", rows)
-    rows += _rows_as_run(methods, size, alone, None if quick else MEMORY_GOAL)
-    keep("bench", rows)
+    Args:
+        results: folder of results.
+        device: where to measure.
+        quick: at tiny sizes.
+        machine: see `hardware.capabilities`.
+        say: called with a line for each measurement.
+        until: on time.monotonic's clock, when nothing more is begun.
+    """
 
-    grown: list[dict[str, Any]] = []
-    for what, value, work in growth(QUICK if quick else Size(), quick, place):
-        row = compare(work, 2 if quick else 3, place, machine["precision"])
-        grown.append({"grows": what, "value": value, **_said(row, say)})
-        keep("growth", grown)
+    def __init__(
+        self,
+        results: Path,
+        device: torch.device,
+        quick: bool,
+        machine: dict[str, Any],
+        say: Callable[[str], None],
+        until: float,
+    ) -> None:
+        self.device, self.quick, self.machine, self.say, self.until = device, quick, machine, say, until
+        self.folder = results / ("bench" if device.type == "cpu" else f"bench-{device.type}")
+        self.size = QUICK if quick else LA
+        self.alone = 3 if device.type == "cpu" else 10  # repeats of a method's step
+        self.tables = {name: pd.DataFrame() for name in ("bench", "growth", "methods", "profile")}
+        self.speed: dict[str, Any] = {}
 
-    work = training_step(size, place)
-    took = min(row["ours_s"] for row in rows if row["work"] == work.name)
-    work.ours()
-    speed: dict[str, Any] = {"ceiling": hardware.ceilings(place, quick), "step": hardware.achieved(work.ours, took)}
-    if place.type == "cuda":
-        speed["compiled"] = compiled_step(size, place, 10)
-    keep("profile", hardware.timeline(work.ours, place, folder / "step-trace.json.gz"))
+    def _keep(self, name: str, rows: list[dict[str, Any]] | pd.DataFrame) -> None:
+        self.tables[name] = pd.DataFrame(rows)
+        with atomic(self.folder / f"{name}.csv") as partial:
+            self.tables[name].to_csv(partial, index=False, float_format="%.6g")
 
-    provenance = {
-        "title": "Speed" if place.type == "cpu" else "Speed on a GPU",
-        "summary": f"the package beside its plain formulation; {machine['device']}",
-        "machine": machine,
-        "speed": speed,
-        **environment(),
-    }
-    write_json(folder / "provenance.json", provenance)
-    page = write_page(folder, tables, provenance, size)
-    different = [row["work"] for row in [*rows, *grown] if not row["equal"]]
-    if different:
-        raise StudyError(f"bench: both formulations differ in: {', '.join(different)}; see {page}")
-    return page
+    def _late(self) -> bool:
+        return time.monotonic() > self.until
+
+    def methods(self) -> None:
+        """A step of each method, a process each."""
+        spent = []
+        for cost in costs(self.size, str(self.device), self.alone):
+            spent.append(cost)
+            told = cost["note"] or f"{cost['seconds']:.3g} s, {cost['peak_memory_mb']} MB"
+            self.say(f"step of {cost['method']}, {self.size.setting}: {told}")
+            self._keep("methods", _compared(pd.DataFrame(spent)))
+            if self._late():
+                return
+
+    def works(self) -> None:
+        """Each piece of work in both formulations."""
+        tune(self.device)
+        rows: list[dict[str, Any]] = []
+        for repeats, works in main_works(self.quick, self.device):
+            for work in works():
+                rows.append(_said(compare(work, repeats, self.device, self.machine["precision"]), self.say))
+                self._keep("bench", rows)
+                if self._late():
+                    return
+
+    def growth(self) -> None:
+        """How the cost of a step, and of a check, grows."""
+        grown: list[dict[str, Any]] = []
+        for what, value, work in growth(QUICK if self.quick else Size(), self.quick, self.device):
+            if self._late():
+                return
+            row = compare(work, 2 if self.quick else 3, self.device, self.machine["precision"])
+            grown.append({"grows": what, "value": value, **_said(row, self.say)})
+            self._keep("growth", grown)
+
+    def profile(self) -> None:
+        """What a step computes and moves, beside what this machine can do, and its timeline."""
+        work = training_step(self.size, self.device)
+        (row,) = self.tables["bench"].query("work == @work.name").to_dict("records")
+        work.ours()  # recorded by a GPU later, so each operation is still seen here
+        step = hardware.achieved(work.ours, row["ours_s"])
+        self.speed |= {"ceiling": hardware.ceilings(self.device, self.quick), "step": step}
+        if self.device.type == "cuda":
+            self.speed["compiled"] = compiled_step(self.size, self.device, 10)
+        for _ in range(WARM_UP):
+            work.ours()
+        self._keep("profile", hardware.timeline(work.ours, self.device, self.folder / "step-trace.json.gz"))
+
+    def finish(self) -> Path:
+        """Write provenance and page.
+
+        Raises:
+            StudyError: where both formulations differ.
+        """
+        self._keep("bench", [*self.tables["bench"].to_dict("records"), *self._rows_as_run()])
+        provenance = {
+            "title": "Speed" if self.device.type == "cpu" else "Speed on a GPU",
+            "summary": f"the package beside its plain formulation; {self.machine['device']}",
+            "machine": self.machine,
+            "speed": self.speed,
+            **environment(),
+        }
+        write_json(self.folder / "provenance.json", provenance)
+        page = write_page(self.folder, self.tables, provenance, self.size)
+        rows = pd.concat([self.tables["bench"], self.tables["growth"]])
+        if different := list(rows.loc[~rows["equal"].astype(bool), "work"]):
+            raise StudyError(f"bench: both formulations differ in: {', '.join(different)}; see {page}")
+        return page
+
+    def _rows_as_run(self) -> list[dict[str, Any]]:
+        measured = set(self.tables["methods"].get("method", ()))
+        if not {PLAIN, "mlrpl"} <= measured:
+            return []
+        return _rows_as_run(self.tables["methods"], self.size, self.alone, None if self.quick else MEMORY_GOAL)
 
 
 def _said(row: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -133,7 +201,7 @@ def _compared(methods: pd.DataFrame) -> pd.DataFrame:
     """With each step's ratio to V-Net's; columns that a step without enough memory leaves empty are there."""
     methods = methods.reindex(columns=COSTS)
     vnet = methods.loc[methods["method"] == "vnet", "seconds"]
-    methods["ratio_to_vnet"] = methods["seconds"] / vnet.iloc[0]
+    methods["ratio_to_vnet"] = methods["seconds"] / (vnet.iloc[0] if len(vnet) else math.nan)
     return methods
 
 

@@ -24,6 +24,7 @@ class Work:
         goal: how many times faster the package is to be; None for a figure without a goal.
         needs_bf16: whether the goal was set for hardware with bf16 instructions.
         tolerance: of `difference`.
+        warm_up: calls of `ours` on a GPU after which it runs as it does from then on.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Work:
     goal: float | None = None
     needs_bf16: bool = False
     tolerance: float = TOLERANCE
+    warm_up: int = 1
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -58,7 +60,8 @@ def compare(work: Work, repeats: int, device: torch.device, precision: str) -> d
     """
     difference = work.difference()
     if device.type == "cuda":  # cuDNN's search for the precisions that are timed
-        work.ours()
+        for _ in range(work.warm_up):
+            work.ours()
         work.plain()
     ours, plain = [], []
     for _ in range(repeats):

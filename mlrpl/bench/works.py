@@ -23,7 +23,7 @@ from mlrpl.evaluation import predict_case, predicting, test_dice
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
-from mlrpl.optimisation import Optimisation, make_optimizer, optimise, to_device
+from mlrpl.optimisation import WARM_UP, Optimisation, make_optimizer, optimise, to_device
 from mlrpl.precision import Precision, choose_precision, exact
 from mlrpl.reliability import entropy, mutual_loss
 from mlrpl.training import seed_iteration, stage
@@ -199,7 +199,8 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
         losses = [abs(terms[name].item() - value) / max(abs(value), 1e-12) for name, value in expected.items()]
         return max(*losses, relative(*gradients))
 
-    return Work("training step", size.setting, ours, plain, difference, goal, needs_bf16=True)
+    warm_up = WARM_UP + 1  # with the recording
+    return Work("training step", size.setting, ours, plain, difference, goal, needs_bf16=True, warm_up=warm_up)
 
 
 def mutual_losses(size: Size, device: torch.device, goal: float | None = None) -> Work:
