@@ -7,6 +7,7 @@ PyTorch hands each replay the state of its random generator.
 """
 
 import os
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mlrpl.data import Batch
 from mlrpl.methods import Method, Step
 from mlrpl.precision import Precision
 
+STEPS_AHEAD = 3
 WARM_UP = 3  # steps before the recording: in them kernels are compiled, chosen and loaded
 SWITCH = "MLRPL_REPLAY"  # in the environment; 0: no step is recorded
 
@@ -106,12 +108,25 @@ class Optimisation:
         self.replays = device.type == "cuda" and method.replayable and not scaler.is_enabled() and wanted
         self.graph: torch.cuda.CUDAGraph | None = None
         self.steps = 0
+        self.begun: deque[torch.cuda.Event] = deque()  # ends of the latest steps
 
     def __call__(self, batch: Batch, step: Step, observed: bool = False) -> dict[str, Tensor]:
         """One step on a batch that `training.stage` has made ready; returns its terms, still on the device.
 
         A step that is `observed`, by hooks on the network, is not replayed: a replay calls no module.
         """
+        if self.device.type == "cpu":
+            return self._optimise(batch, step)
+        # The processor, which may have little to do, does not run ahead of the GPU by more than this, since each batch
+        # that waits to be copied holds memory.
+        if len(self.begun) == STEPS_AHEAD:
+            self.begun.popleft().synchronize()
+        terms = self._on_gpu(batch, step, observed)
+        self.begun.append(torch.cuda.Event(blocking=True))
+        self.begun[-1].record(torch.cuda.current_stream(self.device))
+        return terms
+
+    def _on_gpu(self, batch: Batch, step: Step, observed: bool) -> dict[str, Tensor]:
         if not self.replays:
             return self._optimise(to_device(batch, self.device), step)
         if self.steps == 0:
