@@ -61,7 +61,7 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_comes() -> Iterator[None]:
+def as_it_comes() -> Iterator[None]:
     """What is done once within is not worth cuDNN's search for the fastest way, which takes seconds a layer."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -141,7 +141,7 @@ def worst_layer(
         module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.__setitem__(name, inputs[0].shape))
         for name, module in convolutions.items()
     ]
-    with torch.inference_mode(), _as_it_comes():
+    with torch.inference_mode(), as_it_comes():
         probe(torch.zeros(1, network.encoder.stages[0][0].in_channels, *patch, device=device))
     for hook in hooks:
         hook.remove()
@@ -153,7 +153,7 @@ def worst_layer(
             continue
         seen.add(kind)
         image = torch.randn(shape, device=device).to(memory_format=torch.channels_last_3d)
-        with exact(), _as_it_comes():
+        with exact(), as_it_comes():
             expected = _layer(module, image, torch.float32)
         for ours, reference in zip(_layer(module, image, dtype), expected, strict=True):
             error = ((ours - reference).norm() / reference.norm()).item()
