@@ -115,8 +115,8 @@ class Optimisation:
 
         A step that is `observed`, by hooks on the network, is not replayed: a replay calls no module.
         """
-        if self.device.type == "cpu":
-            return self._optimise(batch, step)
+        if self.device.type != "cuda":
+            return self._optimise(to_device(batch, self.device), step)
         # The processor, which may have little to do, does not run ahead of the GPU by more than this, since each batch
         # that waits to be copied holds memory.
         if len(self.begun) == STEPS_AHEAD:
