@@ -8,17 +8,31 @@ PyTorch hands each replay the state of its random generator.
 
 import os
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlrpl.data import Batch
+from mlrpl.errors import StudyError
 from mlrpl.methods import Method, Step
 from mlrpl.precision import Precision
 
 STEPS_AHEAD = 3
 WARM_UP = 3  # steps before the recording: in them kernels are compiled, chosen and loaded
 SWITCH = "MLRPL_REPLAY"  # in the environment; 0: no step is recorded
+
+
+class RecordedStep(Step):
+    """A step of which β alone can be seen: whatever else was read while recording would stay as it was then."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """Raises StudyError for anything that changes with the iteration."""
+        if name in ("iteration", "iterations", "generator"):
+            raise StudyError(
+                f"a replayable method reads step.{name}, which a recording would freeze: set replayable = False"
+            )
+        return super().__getattribute__(name)
 
 
 def optimise(
@@ -137,7 +151,7 @@ class Optimisation:
             self.batch.image.copy_(batch.image, non_blocking=True)
             self.batch.label.copy_(batch.label, non_blocking=True)
         self.beta.fill_(self.method.beta(step))
-        recorded = Step(step.iteration, step.iterations, step.generator, self.beta)
+        recorded = RecordedStep(step.iteration, step.iterations, step.generator, self.beta)
         self.steps += 1
         if observed or self.steps <= WARM_UP:
             return self._beside(recorded)
