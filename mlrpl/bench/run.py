@@ -113,6 +113,17 @@ class Bench:
         with atomic(self.folder / f"{name}.csv") as partial:
             self.tables[name].to_csv(partial, index=False, float_format="%.6g")
 
+    def _keep_provenance(self) -> dict[str, Any]:
+        provenance = {
+            "title": "Speed" if self.device.type == "cpu" else "Speed on a GPU",
+            "summary": f"the package beside its plain formulation; {self.machine['device']}",
+            "machine": self.machine,
+            "speed": self.speed,
+            **environment(),
+        }
+        write_json(self.folder / "provenance.json", provenance)
+        return provenance
+
     def _late(self) -> bool:
         return time.monotonic() > self.until
 
@@ -155,6 +166,7 @@ class Bench:
         work.ours()  # recorded by a GPU later, so each operation is still seen here
         step = hardware.achieved(work.ours, row["ours_s"])
         self.speed |= {"ceiling": hardware.ceilings(self.device, self.quick), "step": step}
+        self._keep_provenance()
         if self.device.type == "cuda":
             self.speed["compiled"] = compiled_step(self.size, self.device, 10)
         for _ in range(WARM_UP):
@@ -162,21 +174,13 @@ class Bench:
         self._keep("profile", hardware.timeline(work.ours, self.device, self.folder / "step-trace.json.gz"))
 
     def finish(self) -> Path:
-        """Write provenance and page.
+        """Write the page.
 
         Raises:
             StudyError: where both formulations differ.
         """
         self._keep("bench", [*self.tables["bench"].to_dict("records"), *self._rows_as_run()])
-        provenance = {
-            "title": "Speed" if self.device.type == "cpu" else "Speed on a GPU",
-            "summary": f"the package beside its plain formulation; {self.machine['device']}",
-            "machine": self.machine,
-            "speed": self.speed,
-            **environment(),
-        }
-        write_json(self.folder / "provenance.json", provenance)
-        page = write_page(self.folder, self.tables, provenance, self.size)
+        page = write_page(self.folder, self.tables, self._keep_provenance(), self.size)
         rows = pd.concat([self.tables["bench"], self.tables["growth"]])
         if different := list(rows.loc[~rows["equal"].astype(bool), "work"]):
             raise StudyError(f"bench: both formulations differ in: {', '.join(different)}; see {page}")
