@@ -176,5 +176,9 @@ class Optimisation:
         self.graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         # Threads that crop the next batches pin memory meanwhile: only this thread's calls are part of the recording.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+        # Before it PyTorch waits for the current GPU, which need not be this one.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             self.terms = self._optimise(self.batch, step)
