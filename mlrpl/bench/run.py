@@ -17,7 +17,6 @@ from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, library_window, metrics, mutual_losses, sliding_windows, training_step
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
-from mlrpl.optimisation import WARM_UP
 from mlrpl.process import tune
 from mlrpl.provenance import environment
 from mlrpl.training import find_device
@@ -169,8 +168,8 @@ class Bench:
         self._keep_provenance()
         if self.device.type == "cuda":
             self.speed["compiled"] = compiled_step(self.size, self.device, 10)
-        for _ in range(WARM_UP):
-            work.ours()
+            for _ in range(work.warm_up):
+                work.ours()
         self._keep("profile", hardware.timeline(work.ours, self.device, self.folder / "step-trace.json.gz"))
 
     def finish(self) -> Path:
