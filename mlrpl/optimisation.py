@@ -2,8 +2,8 @@
 
 A step of MLRPL starts about a thousand kernels, which takes the processor longer than they take a GPU. They are the
 same in every iteration, so a GPU records them once, as a CUDA graph, and from then on one call starts them all. What
-differs from one iteration to the next lies in tensors that stay where they are: the batch, the learning rate and β;
-PyTorch hands each replay the state of its random generator.
+differs from one iteration to the next lies in tensors that stay where they are: the batch, the learning rate and the
+numbers of the method's schedule, such as β; PyTorch hands each replay the state of its random generator.
 """
 
 import os
@@ -24,13 +24,14 @@ SWITCH = "MLRPL_REPLAY"  # in the environment; 0: no step is recorded
 
 
 class RecordedStep(Step):
-    """A step of which β alone can be seen: whatever else was read while recording would stay as it was then."""
+    """A step whose scheduled numbers alone can be seen: all else would stay as it was when the step was recorded."""
 
     def __getattribute__(self, name: str) -> Any:
         """Raises StudyError for anything that changes with the iteration."""
         if name in ("iteration", "iterations", "generator"):
             raise StudyError(
-                f"a replayable method reads step.{name}, which a recording would freeze: set replayable = False"
+                f"a replayable method reads step.{name}, which a recording would freeze: "
+                "take it from its schedule, or set replayable = False"
             )
         return super().__getattribute__(name)
 
@@ -145,13 +146,14 @@ class Optimisation:
             return self._optimise(to_device(batch, self.device), step)
         if self.steps == 0:
             self.batch = to_device(batch, self.device)
-            self.beta = torch.zeros((), device=self.device)
+            self.scheduled = {name: torch.zeros((), device=self.device) for name in self.method.schedule(step)}
             self.stream = torch.cuda.Stream(self.device)
         else:
             self.batch.image.copy_(batch.image, non_blocking=True)
             self.batch.label.copy_(batch.label, non_blocking=True)
-        self.beta.fill_(self.method.beta(step))
-        recorded = RecordedStep(step.iteration, step.iterations, step.generator, self.beta)
+        for name, value in self.method.schedule(step).items():
+            self.scheduled[name].fill_(value)
+        recorded = RecordedStep(step.iteration, step.iterations, step.generator, self.scheduled)
         self.steps += 1
         if observed or self.steps <= WARM_UP:
             return self._beside(recorded)

@@ -27,6 +27,7 @@ from mlrpl.methods.parts import (
     input_noise,
     sharpen,
     soft_dice_distance,
+    student_share,
     unit,
     update_average,
 )
@@ -163,14 +164,14 @@ def test_sharpening_is_the_published_one() -> None:
 def test_first_update_copies_then_the_factor_is_bounded() -> None:
     teacher, student = (VNet(filters=2, upsamplings=("deconv",)) for _ in range(2))
     buffers = running_statistics(teacher)
-    update_average(teacher, student, 0)
+    update_average(teacher, student, student_share(0))
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
     for t, factor in ((1, 0.5), (4, 0.8), (99, 0.99), (5000, 0.99)):
         before = [p.clone() for p in teacher.parameters()]
         with torch.no_grad():
             for p in student.parameters():
                 p.add_(torch.randn_like(p))
-        update_average(teacher, student, t)
+        update_average(teacher, student, student_share(t))
         for average, old, new in zip(teacher.parameters(), before, student.parameters(), strict=True):
             torch.testing.assert_close(average, factor * old + (1 - factor) * new, atol=1e-6, rtol=1e-5)
     assert same(running_statistics(teacher), buffers)

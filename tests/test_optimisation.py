@@ -8,6 +8,7 @@ from torch import Tensor
 from mlrpl.data import Batch
 from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Method, Step
+from mlrpl.methods.vnet import SupervisedVNet
 from mlrpl.optimisation import SWITCH, WARM_UP, Optimisation, RecordedStep, make_optimizer, optimise, restore, set_rate
 from mlrpl.precision import Precision, exact
 from mlrpl.training import seed_iteration, stage
@@ -27,45 +28,59 @@ def batch_for(method: Method) -> Batch:
     return batch if method.uses_unlabelled else Batch(batch.image[:2], batch.label)
 
 
-def one_step(name: str, step: Step) -> tuple[dict[str, Tensor], list[Tensor]]:
-    method = make(name).train()
+def one_step(method: Method, step: Step) -> tuple[dict[str, Tensor], list[Tensor]]:
     seed_iteration(0, 7, CPU)
     terms = optimise(method, batch_for(method), step, make_optimizer(method), no_scaler(), FLOAT32)
     return terms, list(method.parameters())
 
 
 @pytest.mark.parametrize("name", REPLAYABLE)
-def test_a_replayable_step_sees_beta_alone_and_is_the_same_step(name: str) -> None:
+def test_a_replayable_step_sees_scheduled_numbers_alone_and_is_the_same_step(name: str) -> None:
     usual = Step(7, 10, torch.Generator())
-    beta = torch.tensor(make(name).beta(usual))
-    terms, weights = one_step(name, usual)
-    recorded_terms, recorded_weights = one_step(name, RecordedStep(7, 10, torch.Generator(), beta))
+    terms, weights = one_step(make(name).train(), usual)
+    numbers = {key: torch.tensor(value) for key, value in make(name).schedule(usual).items()}
+    recorded_terms, recorded_weights = one_step(make(name).train(), RecordedStep(7, 10, torch.Generator(), numbers))
     assert terms.keys() == recorded_terms.keys()
     for term in terms:
         assert torch.allclose(terms[term], recorded_terms[term], rtol=1e-6)
     assert all(torch.allclose(w, b, atol=1e-6) for w, b in zip(weights, recorded_weights, strict=True))
 
 
-def test_what_looks_at_the_iteration_is_not_replayable() -> None:
-    for name in METHODS.keys() - REPLAYABLE - {"ssnet"}:
-        with pytest.raises(StudyError, match="which a recording would freeze"):
-            one_step(name, RecordedStep(7, 10, torch.Generator(), torch.tensor(1.0)))
+class Fading(SupervisedVNet):
+    """Looks at the iteration, which its schedule should tell."""
+
+    def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return {name: value / step.iteration for name, value in super().loss(batch, step).items()}
+
+
+def test_what_looks_at_the_iteration_cannot_be_recorded() -> None:
+    method = Fading(make("vnet").settings, 1, 2).train()
+    one_step(method, Step(7, 10, torch.Generator()))
+    with pytest.raises(StudyError, match="which a recording would freeze"):
+        one_step(method, RecordedStep(7, 10, torch.Generator(), method.schedule(Step(7, 10, torch.Generator()))))
+
+
+def test_each_number_that_a_method_schedules_moves_with_the_iteration() -> None:
+    for name in REPLAYABLE:
+        first, later = (make(name, iterations=1000).schedule(Step(k, 1000, torch.Generator())) for k in (2, 700))
+        assert all(first[number] != later[number] for number in first)
 
 
 def test_recorded_on_gpus_alone_and_not_where_a_scaler_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
 
-    def replays(name: str, device: torch.device, scaled: bool = False) -> bool:
+    def replays(method: Method, device: torch.device, scaled: bool = False) -> bool:
         scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-        method = make(name)
         return Optimisation(method, make_optimizer(method), scaler, FLOAT32, device).replays
 
-    assert replays("mlrpl", GPU)
-    assert not replays("mlrpl", CPU)
-    assert not replays("mlrpl", GPU, scaled=True)
-    assert not replays("uamt", GPU)
+    method, unknown = make("mlrpl"), make("mlrpl")
+    unknown.replayable = False
+    assert replays(method, GPU)
+    assert not replays(method, CPU)
+    assert not replays(method, GPU, scaled=True)
+    assert not replays(unknown, GPU)
     monkeypatch.setenv(SWITCH, "0")
-    assert not replays("mlrpl", GPU)
+    assert not replays(method, GPU)
 
 
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
@@ -116,8 +131,8 @@ def trained(name: str, iterations: list[int], observed: int = -1, rate: float = 
 @needs_gpu
 @pytest.mark.parametrize("name", REPLAYABLE)
 def test_replayed_a_run_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """β moves at 150 and 300, the rate and the batch at every step; an audited step comes between replays."""
-    iterations = [146, 147, 148, 149, 150, 151, 299, 300]
+    """Scheduled numbers, rate and batch move from step to step; an audited step comes between replays."""
+    iterations = [1, 2, 3, 4, 5, 150, 151, 300]
     with exact():
         replayed, weights = trained(name, iterations, observed=151)
         monkeypatch.setenv(SWITCH, "0")

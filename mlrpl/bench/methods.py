@@ -79,11 +79,11 @@ def _measured(method: str, size: Size, device: str, repeats: int) -> dict[str, A
 def measure(name: str, size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds of a step (the fastest of `repeats`), peak memory, parameters, and forward passes of one method.
 
-    A first step at the smallest patch warms up what is set up once in a process.
+    A first step warms up what is set up once in a process: on a CPU at the smallest patch, for the peak's sake.
     """
-    small = replace(size, patch=(16, 16, 16))
     facts: dict[str, Any] = {}
-    for current, times in ((small, 1), (size, repeats)):
+    small = [] if device.type == "cuda" else [(replace(size, patch=(16, 16, 16)), 1)]
+    for current, times in (*small, (size, repeats)):
         seed_iteration(0, 0, torch.device("cpu"))
         if name == PLAIN:
             step, facts = _plain_step(current, device)

@@ -10,6 +10,7 @@ volumes.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def ambiguity_threshold(iteration: int, iterations: int) -> float:
     return 0.75 + 0.20 * ramp_up(iteration / iterations)
 
 
-def ambiguous_consistency(student: Tensor, teacher: Tensor, threshold: float) -> Tensor:
+def ambiguous_consistency(student: Tensor, teacher: Tensor, threshold: float | Tensor) -> Tensor:
     """L_c, a scalar.
 
     Args:
@@ -44,7 +45,12 @@ def ambiguous_consistency(student: Tensor, teacher: Tensor, threshold: float) ->
 class ACMT(MeanTeacher):
     """Ambiguity-consensus mean teacher, entropy selection."""
 
+    replayable: ClassVar[bool] = True
+
+    def schedule(self, step: Step) -> dict[str, float]:
+        """The mean teacher's, and "threshold": see `ambiguity_threshold`."""
+        return {**super().schedule(step), "threshold": ambiguity_threshold(step.iteration, step.iterations)}
+
     def consistency(self, student: Tensor, image: Tensor, step: Step) -> Tensor:
         """The teacher's target on the voxels that the student finds ambiguous."""
-        threshold = ambiguity_threshold(step.iteration, step.iterations)
-        return ambiguous_consistency(student, self.teach(image), threshold)
+        return ambiguous_consistency(student, self.teach(image), self.scheduled("threshold", step))

@@ -1,6 +1,7 @@
 """What every method is: a network, a loss and a prediction. The training loop knows nothing else."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar
@@ -20,13 +21,13 @@ OUTPUTS = ("decoder1", "mean")
 class Step:
     """Where training stands: `iteration` counts from 1; `generator`'s state is a function of (seed, iteration).
 
-    `beta` is where a step that is recorded for a GPU finds β (`mlrpl.optimisation`).
+    `scheduled` is where a step recorded for a GPU (`mlrpl.optimisation`) finds the numbers of `Method.schedule`.
     """
 
     iteration: int
     iterations: int
     generator: torch.Generator
-    beta: Tensor | None = None
+    scheduled: Mapping[str, Tensor] | None = None
 
 
 class Method(nn.Module):
@@ -39,8 +40,8 @@ class Method(nn.Module):
         outputs: what `predict` offers, of `OUTPUTS`.
         unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
         replayable: whether a step is the same work in every iteration, so that a GPU may record and replay it. Of what
-            changes, `loss` then uses the batch, β from `beta`, and draws from PyTorch's global generators; `after_step`
-            nothing; and neither waits for the device.
+            changes, `loss` and `after_step` then use the batch, numbers from `scheduled` (such as `beta`), and draws
+            from PyTorch's global generators; and neither waits for the device.
         compiled: whether `compile_parts` was called.
 
     Args:
@@ -91,11 +92,18 @@ class Method(nn.Module):
                 part.compile(dynamic=False, **options)
         self.compiled = not torch._dynamo.config.disable
 
+    def schedule(self, step: Step) -> dict[str, float]:
+        """Numbers by name that the iteration alone decides: β, and what a subclass adds to it."""
+        return {"beta": consistency_weight(step.iteration, self.settings.ramp_iterations, self.settings.beta_max)}
+
+    def scheduled(self, name: str, step: Step) -> float | Tensor:
+        """A number of `schedule` at this step; a scalar on the device where the step is recorded."""
+        numbers = self.schedule(step) if step.scheduled is None else step.scheduled
+        return numbers[name]
+
     def beta(self, step: Step) -> float | Tensor:
-        """The unsupervised term's weight at this step; a scalar on the device where the step is recorded."""
-        if step.beta is not None:
-            return step.beta
-        return consistency_weight(step.iteration, self.settings.ramp_iterations, self.settings.beta_max)
+        """The unsupervised term's weight at this step."""
+        return self.scheduled("beta", step)
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Named terms of the loss; "total" is minimised, the others are logged.

@@ -62,6 +62,10 @@ class MeanTeacher(Method):
         self.network = self.make_network(("deconv",))
         self.teacher = copy.deepcopy(self.network).requires_grad_(False)
 
+    def schedule(self, step: Step) -> dict[str, float]:
+        """β, and "share": the student's in the teacher after the step, which is update t = k − 1."""
+        return {**super().schedule(step), "share": student_share(step.iteration - 1)}
+
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:
         """The teacher's probabilities of noisy volumes: (N, channels, x, y, z) -> (N, C, x, y, z), float32."""
@@ -81,16 +85,20 @@ class MeanTeacher(Method):
         return terms(supervised, consistency, self.beta(step), logits, batch.label, (1, CONSISTENCY))
 
     def after_step(self, step: Step) -> None:
-        """Update t = k − 1 of the teacher."""
-        update_average(self.teacher, self.network, step.iteration - 1)
+        """Update the teacher."""
+        update_average(self.teacher, self.network, self.scheduled("share", step))
+
+
+def student_share(t: int) -> float:
+    """The student's share in update t of the teacher, 1 − min(1 − 1/(t+1), 0.99): t = 0 copies."""
+    return 1 - min(1 - 1 / (t + 1), 0.99)
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, t: int) -> None:
-    """Move the parameters (not the buffers) of `average` on by a factor min(1 − 1/(t+1), 0.99): t = 0 copies."""
-    factor = min(1 - 1 / (t + 1), 0.99)
+def update_average(average: nn.Module, network: nn.Module, share: float | Tensor) -> None:
+    """Move the parameters (not the buffers) of `average` to those of `network` by this share of the way."""
     for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(parameter, 1 - factor)
+        mean.lerp_(parameter, share)
 
 
 def input_noise(image: Tensor) -> Tensor:

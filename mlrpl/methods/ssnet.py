@@ -78,6 +78,7 @@ class SSNet(Method):
     """Smoothness and class separation on a V-Net with one decoder."""
 
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
+    replayable: ClassVar[bool] = True
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__(settings, in_channels, num_classes)

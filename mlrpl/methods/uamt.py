@@ -9,6 +9,7 @@ unlabelled volumes. The 2 in L_c, the two classes of the published code, is not 
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def certainty_threshold(iteration: int, iterations: int, num_classes: int) -> fl
     return (0.75 + 0.25 * ramp_up(iteration / iterations)) * math.log(num_classes)
 
 
-def masked_consistency(student: Tensor, teacher: Tensor, uncertainty: Tensor, threshold: float) -> Tensor:
+def masked_consistency(student: Tensor, teacher: Tensor, uncertainty: Tensor, threshold: float | Tensor) -> Tensor:
     """L_c, a scalar.
 
     Args:
@@ -43,6 +44,13 @@ def masked_consistency(student: Tensor, teacher: Tensor, uncertainty: Tensor, th
 class UAMT(MeanTeacher):
     """Uncertainty-aware mean teacher."""
 
+    replayable: ClassVar[bool] = True
+
+    def schedule(self, step: Step) -> dict[str, float]:
+        """The mean teacher's, and "threshold": H."""
+        threshold = certainty_threshold(step.iteration, step.iterations, self.num_classes)
+        return {**super().schedule(step), "threshold": threshold}
+
     @torch.no_grad()
     def uncertainty(self, image: Tensor) -> Tensor:
         """Entropy u (N, x, y, z) of the teacher's mean prediction of volumes (N, channels, x, y, z)."""
@@ -52,5 +60,5 @@ class UAMT(MeanTeacher):
 
     def consistency(self, student: Tensor, image: Tensor, step: Step) -> Tensor:
         """One noisy pass is the target, further ones say where it counts."""
-        threshold = certainty_threshold(step.iteration, step.iterations, self.num_classes)
+        threshold = self.scheduled("threshold", step)
         return masked_consistency(student, self.teach(image), self.uncertainty(image), threshold)
