@@ -1,5 +1,6 @@
-"""The page and the figure of a bench."""
+"""The page and the figures of a bench."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ GROWTH = {
     "classes": "classes",
     "cases": "cases of a check",
 }
+LONGEST = 80  # characters of an operation's name
 OURS, YARDSTICK = METHOD_COLOURS["MLRPL"], METHOD_COLOURS["Control (β = 0)"]
 
 LEAD = """The package beside the plain formulation, `benchmarks/plain.py`: float32, contiguous tensors, loops over
@@ -44,7 +46,7 @@ A goal set for hardware with bf16 instructions is *not applicable* without them.
 difference of the results; in voxels, metrics must be equal to the last bit. In one process, on a CPU, the plain
 formulation runs with the package's memory settings (freed memory is kept); the last two rows tell what a step takes
 where each has a process of its own, the plain one with the system's settings: the fastest of the repeats, and peak
-memory, in gigabytes."""
+memory."""
 COSTS = """One training step of each method, a process each, so that peak memory (of the whole process on a CPU, of
 PyTorch's allocations on a GPU) is its own. *Volumes* counts those that went through an encoder, teachers' and perturbed
 passes included: a batch has four."""
@@ -88,7 +90,7 @@ def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Map
         Section(
             "Where a step's time goes",
             _machine_text(provenance["speed"]),
-            tables["profile"].rename(columns=lambda name: name.replace("_", " ").capitalize()),
+            _profile_table(tables["profile"]),
             links=[Link("Timeline of one step", "step-trace.json.gz")],
         )
     )
@@ -108,9 +110,9 @@ def _machine_text(speed: Mapping[str, Mapping[str, Any]]) -> str:
     step, ceiling, compiled = speed["step"], speed["ceiling"], speed.get("compiled")
     text = (
         f"A step of MLRPL computes {step['step_tflop']:.3g} TFLOP and moves about {step['step_gb']:.3g} GB (each "
-        f"operation's tensors counted once): {step['tflops']:.3g} TFLOP/s and {step['gb_per_s']:.3g} GB/s. A "
+        f"operation's tensors counted once): {step['tflops']:.3g} TFLOP/s and {step['gb_per_s']:,.0f} GB/s. A "
         f"large matrix product reaches {ceiling['tflops']:.3g} TFLOP/s here, a large copy "
-        f"{ceiling['gb_per_s']:.3g} GB/s. Below, the costliest operations of one step; the timeline opens in "
+        f"{ceiling['gb_per_s']:,.0f} GB/s. Below, the costliest operations of one step; the timeline opens in "
         "ui.perfetto.dev."
     )
     if compiled and "note" in compiled:
@@ -118,7 +120,8 @@ def _machine_text(speed: Mapping[str, Mapping[str, Any]]) -> str:
     elif compiled:
         text += (
             f" With torch.compile, as in runs of {COMPILED_FROM:,} iterations or more, a step takes "
-            f"{compiled['step_s']:.3g} s, after a first one of {compiled['first_s']:.3g} s."
+            f"{_amount(compiled['step_s'])} ({step['step_tflop'] / compiled['step_s']:.3g} TFLOP/s), after a first one "
+            f"of {_amount(compiled['first_s'])}."
         )
     return text
 
@@ -127,24 +130,30 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _amount(seconds: float, *spread: float, unit: str = "s") -> str:
+    """Three digits, seconds below a tenth in milliseconds: 39.7 ms (39.6–40.0)."""
+    factor, unit = (1000, "ms") if unit == "s" and seconds < 0.1 else (1, unit)
+    middle, *ends = (f"{factor * value:#.3g}".rstrip(".") for value in (seconds, *spread))
+    return f"{middle} {unit}" + (f" ({'–'.join(ends)})" if ends else "")
+
+
 def _main_table(rows: pd.DataFrame) -> pd.DataFrame:
-    def spread(row: pd.Series, side: str) -> str:
-        if pd.isna(row[f"{side}_low_s"]):
-            return f"{row[f'{side}_s']:.3g}"
-        return f"{row[f'{side}_s']:.3g} ({row[f'{side}_low_s']:.3g}–{row[f'{side}_high_s']:.3g})"
+    def amount(row: pd.Series, side: str) -> str:
+        ends = [row[f"{side}_{end}_s"] for end in ("low", "high")]
+        return _amount(row[f"{side}_s"], *(e for e in ends if e == e), unit="GB" if "(GB)" in row["work"] else "s")
 
     return pd.DataFrame(
         {
-            "Work": rows["work"],
+            "Work": rows["work"].str.removesuffix(" (GB)"),
             "Size": rows["setting"],
-            "Ours (s)": [spread(row, "ours") for _, row in rows.iterrows()],
-            "Plain (s)": [spread(row, "plain") for _, row in rows.iterrows()],
+            "Ours": [amount(row, "ours") for _, row in rows.iterrows()],
+            "Plain": [amount(row, "plain") for _, row in rows.iterrows()],
             "Ratio": [f"{ratio:.2f}" for ratio in rows["ratio"]],
             "Goal": [
                 "" if pd.isna(goal) else f"{goal:.3g}: {said}"
                 for goal, said in zip(rows["goal"], rows["verdict"], strict=True)
             ],
-            "Differ by": ["" if pd.isna(d) else f"{d:.0e}" for d in rows["difference"]],
+            "Differ by": ["" if pd.isna(d) else f"{d:.0e}" if d else "0" for d in rows["difference"]],
         }
     )
 
@@ -156,7 +165,7 @@ def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Method": methods["method"].map(TITLES),
-            "Step (s)": [number(v, ".3g") for v in methods["seconds"]],
+            "Step": ["—" if pd.isna(v) else _amount(v) for v in methods["seconds"]],
             "× V-Net": [number(v, ".2f") for v in methods["ratio_to_vnet"]],
             "Peak memory (GB)": [number(v / 1000, ".2f") for v in methods["peak_memory_mb"]],
             "Parameters": [number(v, ",.0f") for v in methods["parameters"]],
@@ -168,12 +177,24 @@ def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _profile_table(profile: pd.DataFrame) -> pd.DataFrame:
+    table = profile.rename(columns=lambda name: name.replace("_", " ").capitalize())
+    return table.assign(Operation=[_short(name) for name in profile["operation"]]) if len(profile) else table
+
+
+def _short(operation: str) -> str:
+    """An operation's or a kernel's name without what all have in common, and without its end where it is long."""
+    name = re.sub(r"^void |\bat::native::|\(anonymous namespace\)::|\bc10::|\bcuda::std::(__4::)?", "", operation)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
 @styled
 def growth_figure(rows: pd.DataFrame) -> Figure:
-    """Seconds over what grows, one panel each, both formulations, logarithmic."""
-    figure = NotebookFigure(figsize=(WIDTH, 2.3), layout="constrained")
-    axes = figure.subplots(1, len(GROWTH), sharey=True)
-    for ax, (what, label) in zip(axes, GROWTH.items(), strict=True):
+    """Seconds over what grows, one panel each, both formulations, logarithmic; of what was measured."""
+    measured = {what: label for what, label in GROWTH.items() if what in set(rows["grows"])}
+    figure = NotebookFigure(figsize=(0.4 + (WIDTH - 0.4) * len(measured) / len(GROWTH), 2.3), layout="constrained")
+    axes = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for ax, (what, label) in zip(axes, measured.items(), strict=True):
         points = rows[rows["grows"] == what]
         for side, colour, name in (("plain", YARDSTICK, "plain"), ("ours", OURS, "package")):
             middle = points[f"{side}_s"]
@@ -208,7 +229,7 @@ def costs_figure(methods: pd.DataFrame) -> Figure:
 
 def _bars(ax: Axes, names: list[str], values: pd.Series, colours: list[str], label: str) -> None:
     bars = ax.barh(names, values, color=colours, height=0.7)
-    ax.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=6.5)
+    ax.bar_label(bars, [f"{value:#.3g}".rstrip(".") for value in values], padding=2, fontsize=6.5)
     ax.set_xlabel(label)
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.12)
