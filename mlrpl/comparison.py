@@ -28,6 +28,7 @@ def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFram
     return {
         "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
         "statistics": statistics.formatted(statistics.summary(*rows)),
+        "statistics-published": statistics.formatted(statistics.summary(*rows, selection="published")),
         "optimism": tables.formatted_optimism(*rows),
         "largest": tables.formatted_largest(*rows, paper, place.study.distances),
         "normalisation": tables.formatted_normalisation(*rows),

@@ -35,6 +35,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 URI_SAFE = " !$()*+,-./:;=?@_~'"  # as they are inside a quoted attribute's URI
 PICTURE_TYPES = (".svg", ".png")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+MARKDOWN = "text/markdown"
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,14 @@ def _environment() -> Environment:
 
 
 def _markdown(text: str) -> Markup:
-    """HTML of Markdown; HTML inside it is shown as text, not obeyed. No line breaks before a per cent sign."""
+    """HTML of Markdown; HTML inside it is shown as text, not obeyed."""
     to_html = mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])
-    return Markup(to_html(text.replace(" %", "\u00a0%")))
+    return Markup(to_html(_tied(text)))
+
+
+def _tied(text: str) -> str:
+    """No line breaks before a per cent sign."""
+    return text.replace(" %", "\u00a0%")
 
 
 def _cell(value: object) -> str | Link:
@@ -247,6 +253,8 @@ def _for_readers(notebook: "NotebookNode") -> "NotebookNode":
     Of a line that was rewritten with carriage returns, what was last seen remains.
     """
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _tied(cell.source)
         if cell.cell_type != "code":
             continue
         if "injected-parameters" in cell.metadata.get("tags", []):
@@ -257,4 +265,6 @@ def _for_readers(notebook: "NotebookNode") -> "NotebookNode":
         for output in cell.outputs:
             if output.output_type == "stream":
                 output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace("\r\n", "\n"))
+            elif MARKDOWN in output.get("data", {}):
+                output.data[MARKDOWN] = _tied(output.data[MARKDOWN])
     return notebook

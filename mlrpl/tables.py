@@ -172,7 +172,8 @@ def optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def formatted_optimism(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """:func:`optimism` as text, for a page."""
     table = optimism(metrics, runs)
-    return _formatted_gain(table, {"last": "Last", "published": "Published"}, Output=table["output"].map(OUTPUTS))
+    headings = {"last": "Last", "published": "Published"}
+    return _formatted_gain(table, headings, before={"Output": table["output"].map(OUTPUTS)})
 
 
 def normalisation(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -211,15 +212,16 @@ def formatted_largest(
     distances = largest(metrics, runs, "hd95").set_index(["labelled", "title", "selection"])
     distances = distances.reindex(pd.MultiIndex.from_frame(table[["labelled", "title", "selection"]]))
     headings = {"all": "All components: Dice (%)", "largest": "Largest alone: Dice (%)"}
-    view = _formatted_gain(table, headings, Selection=table["selection"])
-    for name, heading in {"all": f"All: 95HD ({unit})", "largest": f"Largest: 95HD ({unit})"}.items():
-        view[heading] = distances[name].map(two_decimals).to_list()
+    after = {
+        heading: distances[name].map(two_decimals).to_list()
+        for name, heading in {"all": f"All: 95HD ({unit})", "largest": f"Largest: 95HD ({unit})"}.items()
+    }
     figures = {(f["title"], f["labelled"], "published"): f for f in paper}
     found = [figures.get(row, {}) for row in zip(table["title"], table["labelled"], table["selection"], strict=True)]
     for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
         if any(name in figure for figure in found):
-            view[heading] = [two_decimals(figure.get(name, float("nan"))) for figure in found]
-    return view.assign(Seeds=table["seeds"].astype(str))  # fewer than of the comparison where rows are older
+            after[heading] = [two_decimals(figure.get(name, float("nan"))) for figure in found]
+    return _formatted_gain(table, headings, before={"Selection": table["selection"]}, after=after)
 
 
 def _gain(
@@ -244,15 +246,23 @@ def _gain(
     return table.reset_index().astype({name: str for name in by if name != "labelled"})
 
 
-def _formatted_gain(table: pd.DataFrame, headings: Mapping[str, str], **more: pd.Series) -> pd.DataFrame:
+def _formatted_gain(
+    table: pd.DataFrame,
+    headings: Mapping[str, str],
+    before: Mapping[str, Sequence] | None = None,
+    after: Mapping[str, Sequence] | None = None,
+) -> pd.DataFrame:
+    """`_gain` as text, with further columns before and after its own."""
     pairs = zip(table["difference"], table["difference_sd"], strict=True)
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            **more,
+            **(before or {}),
             **{heading: table[name].map(two_decimals) for name, heading in headings.items()},
             "Difference": [_mean_and_sd(*pair) for pair in pairs],
+            **(after or {}),
+            "Seeds": table["seeds"].astype(str),  # fewer than of the comparison where rows are older
         }
     )
 

@@ -83,6 +83,8 @@ def page(tmp_path):
             ],
         ),
         v4.new_code_cell("frame", outputs=[display("execute_result", data={"text/html": styled, "text/plain": "no"})]),
+        v4.new_markdown_cell("Within 95 % of it."),
+        v4.new_code_cell("said", outputs=[display("execute_result", data={"text/markdown": "Of them 49 % are."})]),
     ]
     nbformat.write(v4.new_notebook(cells=cells), tmp_path / "train.ipynb")
     notebook_to_html(tmp_path / "train.ipynb", tmp_path / "pages" / "train.html", "Train <s0>", "../index.html")
@@ -125,7 +127,8 @@ def test_notebook_page_leaves_out_noise_and_folds_code(page):
     assert '>"…/my runs"<' in html
     assert "../results" in html
     assert '<a href="../index.html">← Study</a>' in html
-    assert html.count('<details class="code">') == 3
+    assert html.count('<details class="code">') == 4
+    assert "Within 95\u00a0% of it" in html and "Of them 49\u00a0% are" in html  # no line breaks before a per cent sign
     assert "<summary>Parameters of this run</summary>" in html
     assert "For research, not for diagnosis" in html
 

@@ -206,7 +206,7 @@ def test_all_that_computes_has_the_device_that_was_asked_for(tiny):
 def test_the_results_folder_holds_rows_tables_figures_and_pages(tiny):
     made = set(files(tiny.folder / "results"))
     assert {f"tiny/{name}.csv" for name in ("metrics", "runs", "curves", "checks", "audit")} <= made
-    tables = ("comparison", "optimism", "statistics", "reliability-which", "reliability-how")
+    tables = ("comparison", "optimism", "statistics", "statistics-published", "reliability-which", "reliability-how")
     assert {f"tiny/tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex")} <= made
     figures = ("montage", "intensities", "volumes", "distributions", "learning-curves", "checks", "contours")
     figures += ("differences", "reliability-which", "reliability-how", "reliability-diagram", "overlays")

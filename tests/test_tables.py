@@ -331,7 +331,9 @@ def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(
     pd.testing.assert_frame_equal(optimism(both, runs), optimism(metrics, runs))
     assert len(normalisation(metrics, runs)) == 0
     assert len(formatted_normalisation(metrics, runs)) == 0
-    assert formatted_normalisation(both, runs)["Difference"].str.contains("±").sum() == 3
+    text = formatted_normalisation(both, runs)
+    assert text["Difference"].str.contains("±").sum() == 3
+    assert text["Seeds"].to_list() == table["seeds"].astype(str).to_list()
 
 
 def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, runs):
