@@ -300,14 +300,14 @@ def test_code_unfolds_by_cell_and_all_at_once(page, browser):
     browser.open(page)
     visible = "[...document.querySelectorAll('details.code .highlight')].map(e => e.checkVisibility())"
     label = "document.getElementById('all-code').textContent"
-    assert browser.evaluate(visible) == [False, False, False]
+    assert browser.evaluate(visible) == [False] * 4
     browser.click("details.code summary")
-    assert browser.evaluate(visible) == [True, False, False]
+    assert browser.evaluate(visible) == [True, *[False] * 3]
     browser.click("#all-code")
-    assert browser.evaluate(visible) == [True, True, True]
+    assert browser.evaluate(visible) == [True] * 4
     assert browser.evaluate(label) == "Hide all code"
     browser.click("#all-code")
-    assert browser.evaluate(visible) == [False, False, False]
+    assert browser.evaluate(visible) == [False] * 4
     assert browser.evaluate(label) == "Show all code"
 
 
