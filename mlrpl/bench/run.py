@@ -186,10 +186,34 @@ class Bench:
         return page
 
     def _rows_as_run(self) -> list[dict[str, Any]]:
-        measured = set(self.tables["methods"].get("method", ()))
-        if not {PLAIN, "mlrpl"} <= measured:
+        """What a step takes in a process of its own, as rows of bench.csv: seconds, and peak memory.
+
+        Of memory, the columns of seconds hold gigabytes, and the row's name says so.
+        """
+        methods = self.tables["methods"]
+        if not {PLAIN, "mlrpl"} <= set(methods.get("method", ())):
             return []
-        return _rows_as_run(self.tables["methods"], self.size, self.alone, None if self.quick else MEMORY_GOAL)
+        costs = methods.set_index("method")
+
+        def row(work: str, spent: pd.Series, repeats: int, goal: float | None) -> dict[str, Any]:
+            ratio = spent[PLAIN] / spent["mlrpl"]
+            return {
+                "work": work,
+                "setting": self.size.setting,
+                "ours_s": spent["mlrpl"],
+                "plain_s": spent[PLAIN],
+                "ratio": ratio,
+                "goal": goal,
+                "verdict": verdict(ratio, goal, False, "") if ratio == ratio else "not measured",
+                "equal": True,
+                "repeats": repeats,
+            }
+
+        goal = None if self.quick else MEMORY_GOAL
+        return [
+            row("training step, a process each", costs["seconds"], self.alone, None),
+            row("peak memory of a step (GB)", costs["peak_memory_mb"] / 1000, 1, goal),
+        ]
 
 
 def _said(row: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -207,30 +231,3 @@ def _compared(methods: pd.DataFrame) -> pd.DataFrame:
     vnet = methods.loc[methods["method"] == "vnet", "seconds"]
     methods["ratio_to_vnet"] = methods["seconds"] / (vnet.iloc[0] if len(vnet) else math.nan)
     return methods
-
-
-def _rows_as_run(methods: pd.DataFrame, size: Size, repeats: int, goal: float | None) -> list[dict[str, Any]]:
-    """What a step takes in a process of its own, as rows of bench.csv: seconds, and peak memory.
-
-    Of memory, the columns of seconds hold gigabytes, and the row's name says so.
-    """
-    costs = methods.set_index("method")
-
-    def row(work: str, spent: pd.Series, repeats: int, goal: float | None) -> dict[str, Any]:
-        ratio = spent[PLAIN] / spent["mlrpl"]
-        return {
-            "work": work,
-            "setting": size.setting,
-            "ours_s": spent["mlrpl"],
-            "plain_s": spent[PLAIN],
-            "ratio": ratio,
-            "goal": goal,
-            "verdict": verdict(ratio, goal, False, "") if ratio == ratio else "not measured",
-            "equal": True,
-            "repeats": repeats,
-        }
-
-    return [
-        row("training step, a process each", costs["seconds"], repeats, None),
-        row("peak memory of a step (GB)", costs["peak_memory_mb"] / 1000, 1, goal),
-    ]
