@@ -130,10 +130,10 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _amount(seconds: float, *spread: float, unit: str = "s") -> str:
+def _amount(amount: float, *spread: float, unit: str = "s") -> str:
     """Three digits, seconds below a tenth in milliseconds: 39.7 ms (39.6–40.0)."""
-    factor, unit = (1000, "ms") if unit == "s" and seconds < 0.1 else (1, unit)
-    middle, *ends = (f"{factor * value:#.3g}".rstrip(".") for value in (seconds, *spread))
+    factor, unit = (1000, "ms") if unit == "s" and amount < 0.1 else (1, unit)
+    middle, *ends = (f"{factor * value:#.3g}".rstrip(".") for value in (amount, *spread))
     return f"{middle} {unit}" + (f" ({'–'.join(ends)})" if ends else "")
 
 
