@@ -109,7 +109,7 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
             ],
             "Seeds above": seeds_above(rows),
             "Seeds": rows["seeds"].astype(str),
-            "Runs": rows["runs"],
+            "Runs": rows["runs"].map(_briefly),
         }
     )
     if rows["labelled"].nunique() > 1:
@@ -117,6 +117,15 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     heading = f"Paper{f', {ablation.paper_on}' if ablation.paper_on else ''}: Dice (%)"
     view.insert(len(view.columns) - 1, heading, [_paper_text(text) or "—" for text in rows["paper"]])
     return view
+
+
+def _briefly(names: str) -> str:
+    """Runs that differ in the seed alone, by one name: "wr-4-s0, wr-4-s1" is "wr-4-s0, s1"."""
+    seeds: dict[str, list[str]] = {}
+    for name in names.split(", "):
+        stem, _, seed = name.rpartition("-")
+        seeds.setdefault(stem, []).append(seed)
+    return "; ".join(f"{stem}-{', '.join(found)}" for stem, found in seeds.items())
 
 
 def _say(ax: Axes, place: int, text: str) -> None:
