@@ -19,6 +19,7 @@ from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save, styled
 from mlrpl.errors import StudyError
 from mlrpl.results import Results
+from mlrpl.tables import seed_names
 from mlrpl.words import counted
 
 GROUP = ["scope", "class", "distance", "score"]
@@ -78,7 +79,7 @@ def drawn(
 def described(found: Results) -> str:
     """Which runs these are, in words."""
     run = found.runs.iloc[0]
-    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {counted(len(found.runs), 'seed')}"
+    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {seed_names(found.runs['seed'])}"
 
 
 def later_half(found: Results) -> pd.DataFrame:

@@ -79,11 +79,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Entry:
-    """A study on the overall page: its page (``href``, relative) and what it is about (``text``, Markdown)."""
+    """A study on the overall page: its page (``href``, relative), what it is (``text``, Markdown), its results."""
 
     title: str
     href: str
     text: str = ""
+    table: pd.DataFrame | None = None
 
 
 def notebook_to_html(notebook: Path, destination: Path, title: str, home: str) -> None:

@@ -73,7 +73,7 @@ def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
     Returns:
         ``difference``, its mean, with the interval ``difference_low`` and ``difference_high`` over the cases;
         ``of_seeds``, a list with the difference of each seed that both have; ``higher``, how many of these ``common``
-        seeds are above 0.
+        seeds are above 0; ``beside``, the reference's mean over them.
     """
     apart = paired(mine, reference)
     low, high = interval(apart)
@@ -85,6 +85,7 @@ def compared(mine: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
         "of_seeds": of_seeds.to_list(),
         "higher": (of_seeds > 0).sum(),
         "common": len(of_seeds),
+        "beside": reference[of_seeds.index].mean(axis=1).mean(),
     }
 
 
@@ -151,7 +152,8 @@ def summary(
                 row |= {"reference": other, **compared(cases[title], cases[other])}
                 row["p"] = wilcoxon(paired(cases[title], cases[other]))
             rows.append(row)
-    columns = ["reference", "difference", "difference_low", "difference_high", "of_seeds", "higher", "common", "p"]
+    columns = ["reference", "difference", "difference_low", "difference_high"]
+    columns += ["of_seeds", "higher", "common", "beside", "p"]
     found = pd.DataFrame(rows)
     found = found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
     found["p_holm"] = found.groupby("labelled")["p"].transform(lambda p: holm(p.to_numpy()))
@@ -207,7 +209,7 @@ def limits(table: pd.DataFrame) -> str:
         alone = _named(table, table["seeds"] == 1)
         said.append(f"With one seed ({alone}) a difference may be the seed's.")
     if len(table) and table["seeds"].max() in (2, 3):
-        said.append(f"{table['seeds'].max()} seeds show a direction, not the size of the spread.")
+        said.append(f"{table['seeds'].max()} seeds are too few to tell how far seeds spread.")
     apart = (table["difference_low"] > 0) | (table["difference_high"] < 0)
     divided = apart & table["higher"].between(0, table["common"], inclusive="neither")
     if divided.any():
@@ -221,6 +223,19 @@ def limits(table: pd.DataFrame) -> str:
     elif fewest < 20:
         said.append(f"With {fewest} test cases only large and consistent differences can be significant.")
     return " ".join(said)
+
+
+def same_seeds(table: pd.DataFrame) -> str:
+    """Where a reference has seeds that a title of a `summary` lacks: what it reaches with those that both have."""
+    means = table.set_index(["labelled", "title"])["mean"]
+    there = table[table["common"] > 0]
+    whole = means.reindex(pd.MultiIndex.from_frame(there[["labelled", "reference"]])).to_numpy()
+    other = there[(there["beside"] - whole).abs() > 0.005]
+    said = []
+    for (labelled, reference, beside), rows in other.groupby(["labelled", "reference", "beside"], sort=False):
+        where = f" at {labelled} labelled" if table["labelled"].nunique() > 1 else ""
+        said.append(f"{reference}{where} has {two_decimals(beside)} with those of {', '.join(rows['title'])}.")
+    return " ".join(["A difference is to the reference's runs with the same seeds.", *said] if said else [])
 
 
 def _named(table: pd.DataFrame, chosen: pd.Series) -> str:

@@ -54,15 +54,20 @@ one number of labelled cases. What names a condition in brackets, such as instan
 the same. Final weights, decoder 1."""
 SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
 for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
+OVERVIEW = """Mutual learning with reliable pseudo labels, reproduced: one page a study. The tables: Dice (%) of decoder
+1 on the test cases, ± standard deviation over seeds where there are several, of the last weights and of the best check
+on the test cases, as the literature selects. For research, not for diagnosis."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."
 RELIABILITY = "AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."
 CAPTIONS = {
     "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
     "label-efficiency": "Final weights, decoder 1; a bar is the standard deviation over seeds, if there are several.",
     "learning-curves": "Where a collapse would be seen: the pseudo-labelled foreground leaves the share that is right, "
-    "towards nothing or towards everything, while the labelled batches' Dice goes on rising. Supervised losses are not "
+    "towards nothing or towards everything, while the labelled batches' Dice goes on rising; where training is thrown "
+    "out, that Dice falls too. Supervised losses are not "
     "on one scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
-    "checks": "The published protocol's checks.",
+    "checks": "Every check on the test cases. Where there are several seeds, faint lines are theirs and the strong one "
+    "is their mean; of each seed the best check, which *published* selects, and the end of training are marked.",
     "precision": "Running means over a fortieth of training; bold is the mean over seeds, the band float32's range.",
     "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
     "correction. Where there are several seeds, each has a mark: what other trainings may do to a difference.",
@@ -182,7 +187,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         ),
         Section(
             "How sure is that",
-            f"{SURE} {statistics.limits(sure)}",
+            f"{SURE} {statistics.same_seeds(sure)} {statistics.limits(sure)}",
             made["statistics"],
             figures=_pictures(folder, "differences"),
         ),
@@ -301,17 +306,16 @@ def _progress(finished: int, asked: int) -> str:
 
 
 def write_overview(results: Path) -> None:
-    """`results/index.html`: the studies, and whatever else has a page there."""
-    entries = []
+    """`results/index.html`: the studies with what they found, then whatever else has a page there."""
+    studies, others = [], []
     for index in sorted(results.glob("*/index.html")):
-        facts, everything = read_json(index.parent / "provenance.json"), Results.load(index.parent)
-        text = facts.get("summary", "")
-        if len(everything):
-            runs = everything.compared().runs
-            methods = "; ".join(dict.fromkeys(runs["title"]))
-            counts = ", ".join(map(str, sorted(set(runs["labelled"]))))
-            finished = len(everything)
-            text = f"{methods}; {counts} labelled cases; {_progress(finished, facts.get('asked', finished))}"
-        entries.append(Entry(facts.get("title", index.parent.name), f"{index.parent.name}/index.html", text))
-    lead = "Mutual learning with reliable pseudo labels, reproduced: one page a study. For research, not for diagnosis."
-    write_home(results / "index.html", title="MLRPL: results", lead=lead, entries=entries)
+        facts, finished = read_json(index.parent / "provenance.json"), len(Results.load(index.parent))
+        title, href = facts.get("title", index.parent.name), f"{index.parent.name}/index.html"
+        if finished:
+            comparison = pd.read_csv(index.parent / "tables" / "comparison.csv", dtype=str)
+            cases = " and ".join(comparison["Cases"].unique())
+            text = f"{cases} test cases; {_progress(finished, facts.get('asked', finished))}"
+            studies.append(Entry(title, href, text, tables.overview(comparison)))
+        else:
+            others.append(Entry(title, href, facts.get("summary", "")))
+    write_home(results / "index.html", title="MLRPL: results", lead=OVERVIEW, entries=[*studies, *others])

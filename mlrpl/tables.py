@@ -111,6 +111,7 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
+            "Seeds": table["seeds"].astype(str),
             "Selection": table["selection"],
             "Output": table["output"].map(OUTPUTS),
         }
@@ -123,11 +124,29 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
         for count, distances in zip(table["undefined"], table["distances"], strict=True)
     ]
     view["Cases"] = table["cases"].astype(str)
-    view["Seeds"] = table["seeds"].astype(str)
     for column, heading in {"paper_dice": "Paper: Dice (%)", "paper_hd95": "Paper: 95HD (voxels)"}.items():
         if column in table and table[column].notna().any():
             view[heading] = table[column].map(two_decimals)
     return view
+
+
+def overview(comparison: pd.DataFrame) -> pd.DataFrame:
+    """Dice at a glance, from the text of a comparison (:func:`formatted`, as its csv file has it): decoder 1.
+
+    Returns:
+        A row a method, for each number of labelled cases a column a selection, and the paper's figures if it has any.
+    """
+    rows = comparison[comparison["Output"] == OUTPUTS["decoder1"]]
+    paper = "Paper: Dice (%)"
+    columns = {}
+    for labelled, group in rows.groupby("Labelled", sort=False):
+        for selection, heading in {"last": "last weights", "published": "best check"}.items():
+            chosen = group[group["Selection"] == selection].set_index("Method")
+            columns[f"{labelled} labelled: {heading}"] = chosen["Dice (%)"]
+        if paper in chosen and (chosen[paper] != "—").any():
+            columns[f"{labelled} labelled: paper"] = chosen[paper]
+    table = pd.DataFrame(columns).reindex(rows["Method"].drop_duplicates()).fillna("—")
+    return table.rename_axis("Method").reset_index()
 
 
 def case_dice(metrics: pd.DataFrame) -> pd.Series:
@@ -231,8 +250,8 @@ def _gain(
 
     Returns:
         A row a group of ``by``: Dice in % (or the distance) of both, as ``names`` calls them, means over seeds;
-        ``difference``, the mean over seeds of second − first; ``difference_sd``; ``seeds``. Runs that lack one of the
-        two are left out.
+        ``difference``, the mean over seeds of second − first; ``difference_sd``; ``seeds``, "s0, s1". Runs that lack
+        one of the two are left out.
     """
     values = rows.pivot_table(measure, [*by, "seed"], column, aggfunc="mean", observed=True)
     values = values.reindex(columns=list(names)).dropna().set_axis(list(names.values()), axis=1)
@@ -242,8 +261,13 @@ def _gain(
     groups = values.groupby(by, observed=True)
     table = groups.mean()
     table["difference_sd"] = groups["difference"].std(ddof=1)
-    table["seeds"] = groups.size()
+    table["seeds"] = values.reset_index("seed").groupby(by, observed=True)["seed"].agg(seed_names)
     return table.reset_index().astype({name: str for name in by if name != "labelled"})
+
+
+def seed_names(seeds: Iterable[int]) -> str:
+    """Seeds as runs name them: "s0, s1"."""
+    return ", ".join(f"s{seed}" for seed in seeds)
 
 
 def _formatted_gain(
@@ -262,7 +286,7 @@ def _formatted_gain(
             **{heading: table[name].map(two_decimals) for name, heading in headings.items()},
             "Difference": [_mean_and_sd(*pair) for pair in pairs],
             **(after or {}),
-            "Seeds": table["seeds"].astype(str),  # fewer than of the comparison where rows are older
+            "Seeds": table["seeds"],  # by name: fewer than of the comparison where rows are older
         }
     )
 
@@ -323,7 +347,7 @@ def conditions(runs: pd.DataFrame) -> str:
         said += f"**Trained in different precisions** ({kinds}), which may be part of what differs. "
     if runs["device"].nunique() > 1:
         kinds = _kinds(runs["device"])
-        said += f"Hardware goes by several names ({kinds}): where it differs indeed, runs do as with another seed. "
+        said += f"Runs name different hardware ({kinds}), which alone can change a run as much as another seed. "
     return said
 
 

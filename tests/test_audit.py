@@ -295,9 +295,9 @@ def test_each_variant_and_number_of_labelled_cases_is_told_of_by_itself(audited,
     }  # fmt: skip
     told = [audit_report.described(of) for of in subjects.values()]
     assert told == [
-        "MLRPL, 2 labelled cases, 2 seeds",
-        "MLRPL, 3 labelled cases, 1 seed",
-        "Other, 2 labelled cases, 1 seed",
+        "MLRPL, 2 labelled cases, s0, s1",
+        "MLRPL, 3 labelled cases, s0",
+        "Other, 2 labelled cases, s0",
     ]
     costs = audit_report.together(audit_report.cost_table, subjects)
     assert list(costs["Audited"]) == [told[0], *told]

@@ -93,7 +93,11 @@ def page(tmp_path):
 
 @pytest.fixture
 def overview(tmp_path):
-    entries = [Entry("Phantom", "phantom/index.html", "Volumes **drawn** from a seed."), Entry("LA", "la/index.html")]
+    dice = pd.DataFrame({"Method": ["MLRPL"], "4 labelled: last weights": ["79.61 ± 6.78"]})
+    entries = [
+        Entry("Phantom", "phantom/index.html", "Volumes **drawn** from a seed.", dice),
+        Entry("LA", "la/index.html"),
+    ]
     write_home(tmp_path / "index.html", title="All studies", lead="What was measured.", entries=entries)
     return tmp_path / "index.html"
 
@@ -137,6 +141,7 @@ def test_overview_links_the_studies(overview):
     html = overview.read_text(encoding="utf-8")
     assert '<a href="phantom/index.html">Phantom</a>' in html
     assert "Volumes <strong>drawn</strong> from a seed." in html
+    assert html.count("<table") == 1 and "<td>79.61 ± 6.78</td>" in html
 
 
 @pytest.mark.parametrize("kind", ["index", "page", "overview"])
@@ -367,5 +372,5 @@ def test_remarks_tell_what_hinders_a_comparison():
     assert "3 of 5 runs finished. None yet of these: with 3 labelled MLRPL. " in said
     assert "1 run made with uncommitted changes" in said
     assert "different precisions** (2 runs: float32; 1 run: bfloat16)" in said
-    assert "several names (2 runs: CPU: A; 1 run: CPU: B)" in said
+    assert "different hardware (2 runs: CPU: A; 1 run: CPU: B)" in said
     assert remarks([vnet, asked[2]], runs.iloc[[0, 2]]) == ""

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from mlrpl import statistics
-from mlrpl.statistics import differences, formatted, holm, interval, limits, probability, summary, wilcoxon
+from mlrpl.statistics import differences, formatted, holm, interval, limits, probability, same_seeds, summary, wilcoxon
 
 
 def study(dice: dict[str, list[float]], seeds: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -98,7 +98,9 @@ def test_it_says_what_cannot_be_concluded():
     assert formatted(few)["p (Holm)"].tolist() == ["—", "—"]
     many = summary(*study({"MLRPL": np.linspace(0.6, 0.9, 25), "Other": np.linspace(0.5, 0.8, 25)}, seeds=5))
     assert limits(many) == ""
-    assert "direction" in limits(summary(*study({"MLRPL": [0.8] * 7, "Other": [0.7] * 7}, seeds=3)))
+    assert "too few to tell how far seeds spread" in limits(
+        summary(*study({"MLRPL": [0.8] * 7, "Other": [0.7] * 7}, seeds=3))
+    )
 
 
 def test_it_tells_where_seeds_contradict_a_small_p():
@@ -118,6 +120,19 @@ def test_it_tells_where_seeds_contradict_a_small_p():
     eight = table.assign(labelled=8, seeds=1)
     both = limits(pd.concat([table, eight.assign(higher=0)], ignore_index=True))
     assert "With one seed (all at 8 labelled)" in both and "another below: Fickle at 4 labelled." in both
+
+
+def test_a_method_with_fewer_seeds_is_compared_with_the_same_ones(tmp_path):
+    ours = np.linspace(0.7, 0.9, 9)
+    metrics, runs = study({"MLRPL": ours, "Other": ours - 0.05})
+    again = metrics[metrics["variant"] == metrics["variant"].iloc[0]].assign(seed=1)
+    again["dice"] -= 0.6
+    more = runs.iloc[[0]].assign(seed=1, run="again")
+    table = summary(pd.concat([metrics, again]), pd.concat([runs, more]))
+    other = table.set_index("title").loc["Other"]
+    assert other["difference"] == pytest.approx(-5) and other["beside"] == pytest.approx(80)
+    assert "MLRPL has 80.00 with those of Other." in same_seeds(table)
+    assert same_seeds(summary(metrics, runs)) == ""
 
 
 def test_without_the_reference_nothing_is_compared():

@@ -20,6 +20,7 @@ from mlrpl.tables import (
     largest,
     normalisation,
     optimism,
+    overview,
     per_case,
     run_list,
     save,
@@ -144,6 +145,16 @@ def test_one_seed_has_no_sd(metrics, runs):
     assert shown["Seeds"].iloc[0] == "1"
 
 
+def test_the_overview_has_a_row_a_method_and_the_papers_figures(metrics, runs):
+    shown = overview(formatted(comparison(metrics, runs, PAPER))).set_index("Method")
+    assert shown.index.to_list() == list(dict.fromkeys(runs["title"]))
+    text = formatted(comparison(metrics, runs)).query("Labelled == '8' and Method == 'MLRPL' and Output == 'decoder 1'")
+    assert shown.loc["MLRPL", "8 labelled: last weights"] == text.query("Selection == 'last'")["Dice (%)"].item()
+    assert shown.loc["MLRPL", "8 labelled: best check"] == text.query("Selection == 'published'")["Dice (%)"].item()
+    assert shown.loc["MLRPL", "8 labelled: paper"] == "89.86"
+    assert not any("paper" in column for column in overview(formatted(comparison(metrics, runs))))
+
+
 def test_formatted_names_units_and_protocol(metrics, runs):
     shown = formatted(comparison(metrics, runs), unit="mm")
     assert {"95HD (mm)", "ASD (mm)", "Dice (%)", "Jaccard (%)"} <= set(shown)
@@ -193,7 +204,12 @@ def test_optimism_is_published_minus_last_in_points(metrics, runs):
     table = optimism(metrics, runs)
     assert table["difference"].to_numpy() == pytest.approx(3)
     first = table.iloc[0]
-    assert (first["labelled"], first["title"], first["output"], first["seeds"]) == (8, "V-Net", "decoder1", 3)
+    assert (first["labelled"], first["title"], first["output"], first["seeds"]) == (
+        8,
+        "V-Net",
+        "decoder1",
+        "s0, s1, s2",
+    )
     assert first["last"] == pytest.approx(73)
     assert first["difference_sd"] == pytest.approx(0)
     assert optimism(metrics[metrics["selection"] == "last"], runs).empty
@@ -231,7 +247,8 @@ def test_markdown_of_the_whole_comparison(metrics, runs):
     lines = to_markdown(formatted(comparison(metrics, runs, PAPER))).splitlines()
     assert len(lines) == 2 + 20
     assert len({len(line) for line in lines}) == 1
-    assert [cell.strip() for cell in lines[2].split("|")[1:6]] == ["8", "V-Net", "last", "decoder 1", "73.00 ± 1.00"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:6]] == ["8", "V-Net", "3", "last", "decoder 1"]
+    assert lines[2].split("|")[6].strip() == "73.00 ± 1.00"
 
 
 def test_cost_is_a_row_a_method_with_the_machine_that_was_fastest(runs):
@@ -333,7 +350,9 @@ def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(
     assert len(formatted_normalisation(metrics, runs)) == 0
     text = formatted_normalisation(both, runs)
     assert text["Difference"].str.contains("±").sum() == 3
-    assert text["Seeds"].to_list() == table["seeds"].astype(str).to_list()
+    assert text["Seeds"].to_list() == table["seeds"].to_list()
+    later = both[(both["output"] != OWN) | (both["seed"] > 0)]
+    assert set(normalisation(later, runs)["seeds"]) == {"s1, s2"}  # a run with one seed has no row then
 
 
 def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, runs):
@@ -351,7 +370,7 @@ def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, r
     shown = formatted_largest(both, runs, PAPER, "mm").set_index(["Labelled", "Method", "Selection"])
     line = shown.loc[("8", "MLRPL", "published")]
     assert line["Paper: Dice (%)"] == "89.86"
-    assert line["Seeds"] == "3"
+    assert line["Seeds"] == "s0, s1, s2"
     assert line["Paper: 95HD (voxels)"] == "6.91"
     assert float(line["All: 95HD (mm)"]) - float(line["Largest: 95HD (mm)"]) == pytest.approx(0.5, abs=0.011)
     assert shown.loc[("8", "MLRPL", "last"), "Paper: Dice (%)"] == "—"
