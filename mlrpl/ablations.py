@@ -59,6 +59,7 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
         ``runs``, their names; ``paper``.
     """
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
+    runs = runs.drop_duplicates(["labelled", "variant", "seed"])  # a cross-validation's folds together are one
     rows = chosen(titled(found.metrics, found.runs), "last", "decoder1")
     dice = rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100  # mean over classes
 

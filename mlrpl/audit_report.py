@@ -79,7 +79,7 @@ def drawn(
 def described(found: Results) -> str:
     """Which runs these are, in words."""
     run = found.runs.iloc[0]
-    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {seed_names(found.runs['seed'])}"
+    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {seed_names(found.runs['seed'].unique())}"
 
 
 def later_half(found: Results) -> pd.DataFrame:

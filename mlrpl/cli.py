@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Runs = Annotated[str, typer.Option(help="Folder of runs.")]
 Results = Annotated[str, typer.Option(help="Folder of results.")]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: the GPUs that are there.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 
 
 @app.command()
@@ -32,7 +32,9 @@ def reproduce(
         int | None,
         typer.Option(min=1, help="Runs at a time; default: one a core, at most 4; one a GPU; on Slurm no limit."),
     ] = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: the GPUs that are there.")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")] = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in each run's folder.")] = False,

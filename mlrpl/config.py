@@ -246,7 +246,12 @@ class Run(Model):
         return f"{self.variant}-{self.labelled}-s{self.seed}" + (f"-f{self.fold}" if self.fold is not None else "")
 
     def key(
-        self, fingerprint: str, result_version: int | str, defaults: dict[str, Any], unused: Collection[str] = ()
+        self,
+        fingerprint: str,
+        result_version: int | str,
+        defaults: dict[str, Any],
+        unused: Collection[str] = (),
+        unseen_classes: int = 0,
     ) -> str:
         """16 hexadecimal digits that change when, and only when, the result may.
 
@@ -255,6 +260,7 @@ class Run(Model):
             result_version: of the method's code.
             defaults: the method's option defaults, so that spelling a default out is no change.
             unused: settings that the method never reads.
+            unseen_classes: that no label has (`Store.unseen_classes`).
         """
         settings = self.settings.model_dump(mode="json", exclude=set(unused))
         for name in ADDED_LATER:
@@ -268,6 +274,7 @@ class Run(Model):
             "options": {**defaults, **self.options},
             "data": fingerprint,
             "result_version": result_version,
+            **({"unseen_classes": unseen_classes} if unseen_classes else {}),
         }
         text = json.dumps(content, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

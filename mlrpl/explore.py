@@ -34,6 +34,7 @@ from mlrpl.drawing import (
     write_fitted,
 )
 from mlrpl.errors import StudyError
+from mlrpl.files import read_rows
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.methods import Method
@@ -86,7 +87,7 @@ def typical(place: Workplace) -> tuple[Job, str]:
     job = next((job for job in jobs if job.run.variant == "mlrpl"), jobs[0])
     cases = place.data_of(job.run).ids("test")
     if (job.folder / "metrics.csv").exists():
-        cases = case_dice(pd.read_csv(job.folder / "metrics.csv")).index.tolist()
+        cases = case_dice(read_rows(job.folder / "metrics.csv")).index.tolist()
     return job, cases[len(cases) // 2]
 
 

@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+# Columns of our own tables that hold names, whatever these look like: a case "001", a class "2", a study "2024".
+TEXT = (
+    "study", "run", "method", "variant", "title", "case", "class", "key", "commit", "ablation", "precision", "device",
+)  # fmt: skip
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -35,6 +42,11 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     with atomic(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """A table of ours from its csv file: names as text, "" where there is none, all else as pandas understands it."""
+    return pd.read_csv(path, converters=dict.fromkeys(TEXT, str))
 
 
 def read_json(path: Path) -> dict[str, Any]:

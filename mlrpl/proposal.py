@@ -1,6 +1,7 @@
 """A study of one's own data: its settings proposed from the images, and written as a file to edit."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -47,7 +48,7 @@ def look(root: Path, progress: Callable[[int, int], None] | None = None) -> Foun
     placeholder = None if named else ("background", "structure")
     reader = Decathlon(DecathlonOptions(test=0, lenient=True, classes=placeholder), root)
     count = len(reader.classes) if named else 256
-    spacings, sizes, values, highest = [], [], [], 0
+    spacings, sizes, inside, values = [], [], [], {0}
     labelled = {"train": 0, "test": 0}
     for done, entry in enumerate(reader.entries, start=1):
         try:
@@ -59,15 +60,20 @@ def look(root: Path, progress: Callable[[int, int], None] | None = None) -> Foun
         sizes.append(turned.shape[1:])
         if raw.label is not None:
             labelled[entry.split] += 1
-            highest = max(highest, int(raw.label.max()))
-            if raw.label.any():
-                values.append(_sampled(raw.image, raw.label))
+            values |= set(np.unique(raw.label).astype(int).tolist())
+            if entry.split == "train" and raw.label.any():
+                inside.append(_sampled(raw.image, raw.label))
         if progress:
             progress(done, len(reader.entries))
-    if not highest:
+    if not inside:
         raise StudyError(f"{root}: no image with a usable label; put labels into labelsTr, named as their images")
-    classes = reader.classes if named else ("background", *(f"class {value}" for value in range(1, highest + 1)))
-    windows = _windows(root, values, reader.channels)
+    if not named and values != set(range(len(values))):
+        raise StudyError(
+            f"{root}: the labels hold the values {', '.join(map(str, sorted(values)))}; they must be 0 (background), "
+            "1, … without gaps, so renumber them, or name every class in dataset.json"
+        )
+    classes = reader.classes if named else ("background", *(f"class {value}" for value in range(1, len(values))))
+    windows = _windows(root, inside, reader.channels)
     return Found(
         classes, named, len(spacings), labelled["train"], labelled["test"], np.array(spacings), np.array(sizes), windows
     )
@@ -136,7 +142,7 @@ def propose(name: str, found: Found, device: str) -> str:
     sizes = found.sizes * found.spacings / spacing if spacing else found.sizes
     patch = fitted_patch(np.median(sizes, axis=0), VOXELS[device])
     short = device == "cpu"
-    sided = any(word in label.lower().split() for label in found.classes for word in ("left", "right"))
+    sided = any(word in re.split(r"[\W_]+", label.lower()) for label in found.classes for word in ("left", "right"))
     channels = [window or "z-score" for window in found.windows]
     method = "mlrpl" if unlabelled else "vnet"
     title = {"mlrpl": "MLRPL", "vnet": "V-Net"}
@@ -150,12 +156,12 @@ def propose(name: str, found: Found, device: str) -> str:
     others = [m for m in ("vnet", "mlrpl") if m != method]
     return f"""\
 # Proposed from the images by `mlrpl prepare`. Edit it as you like; `mlrpl prepare {name} --source DIR` follows it then.
-name: {name}
+name: {_yaml(name)}
 title: {_yaml(name)}
 about: >
   {found.images} images, {found.labelled + found.tests} with a label.
 dataset:
-  name: {name}
+  name: {_yaml(name)}
   source: decathlon
   options:
     test: 0  # {lines["test"]}
@@ -163,7 +169,7 @@ dataset:
 {lines["classes"]}    preparation:
       axes: patient  # turned to left, back, head; predictions are turned back
       spacing: {_yaml(spacing)}  # {lines["spacing"]}
-      channels: {_yaml(channels)}  # z-score, or a CT's window with mean and sd of the labelled voxels
+      channels: {_yaml(channels)}  # z-score, or a CT's window with mean and sd of the voxels with a label
 folds: {folds}  # of the cross-validation over the labelled cases; predict averages them
 distances: mm
 settings:

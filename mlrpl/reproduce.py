@@ -142,7 +142,7 @@ def _reproduce(
     state = _report_key(place, found)
     index = place.results / "index.html"
     if not todo and index.exists() and read_json(place.runs / "report.json") == {**state, "page": _source(index)}:
-        print("  nothing to do: every run is finished and the report is up to date")
+        print(f"  nothing to do: every run{' asked for' if only else ''} is finished and the report is up to date")
     else:
         print("  writing the report", flush=True)
         write_report(place, found, device)
@@ -196,7 +196,7 @@ def _summary(failures: dict[str, str]) -> None:
 def _compare_with_committed(found: Results, committed: Results) -> None:
     if not len(committed):
         return
-    own = found.runs.loc[~found.runs["adopted"], tables.RUN]
+    own = found.runs.loc[~found.runs["adopted"], tables.RUN].drop_duplicates()  # of a cross-validation's folds one
     rows = tables.difference(found.metrics.merge(own, on=tables.RUN), committed.metrics)
     rows = rows[rows["compared"] > 0]
     if len(rows):

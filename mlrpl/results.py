@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from mlrpl.config import Ablation
-from mlrpl.files import atomic
+from mlrpl.files import atomic, read_rows
 from mlrpl.study import Job
 
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit
@@ -56,7 +56,7 @@ class Results:
         frames = {}
         for name in cls.__annotations__:
             path = folder / f"{name}.csv"
-            frames[name] = pd.read_csv(path, dtype={"key": str, "commit": str}) if path.exists() else pd.DataFrame()
+            frames[name] = read_rows(path) if path.exists() else pd.DataFrame()
         return cls(**frames)
 
     def compared(self) -> "Results":
@@ -141,7 +141,7 @@ def run_frames(job: Job) -> Results:
     """The frames of one trained run; without rows as long as it is not evaluated."""
     run, facts = job.run, job.provenance
     evaluated = job.finished("evaluate")
-    metrics = pd.read_csv(job.folder / "metrics.csv").assign(**_identity(job)) if evaluated else pd.DataFrame()
+    metrics = read_rows(job.folder / "metrics.csv").assign(**_identity(job)) if evaluated else pd.DataFrame()
     log = pd.read_csv(job.folder / "log.csv").drop(columns="learning_rate")
     row: dict[str, Any] = {
         "run": run.name,
@@ -193,7 +193,7 @@ def pooled_audit(path: Path, iterations: int) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame()
-    rows = pd.read_csv(path)
+    rows = read_rows(path)
     length = -(-iterations // AUDIT_POINTS)
     rows["iteration"] = (-(-rows["iteration"] // length) * length).clip(upper=iterations)
     rows["weight"] *= rows["voxels"]

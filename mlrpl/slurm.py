@@ -88,9 +88,12 @@ def submit(
     """
     import submitit
 
+    if device and "," in device:
+        raise StudyError(f"device {device!r}: on Slurm each run is a job of its own; name one device, or none")
     _require_slurm()
     record = read_json(place.runs / "slurm.json")
-    queued = {name: job for name, job in record.get("runs", {}).items() if job in queue()}
+    waiting = queue()
+    queued = {name: job for name, job in record.get("runs", {}).items() if job in waiting}
     new = [job for job in jobs if job.run.name not in queued]
     folder, limit = place.runs / "slurm", minutes(resources.time)
 

@@ -69,8 +69,6 @@ def cost_study(name: str, data: str | None, only: str | None, device: str | None
     for each in cost.costs(place, only, device):
         print(cost.line(each), flush=True)
         found.append(each)
-    if not found:
-        raise StudyError(f"study {place.study.name}: no run has {only!r} in its name")
     print(f"\n{cost.total(found, find_device(device))}")
     return found
 
@@ -95,8 +93,9 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
     for job in jobs:
         with _alone(job), _bar(job.run.name, "case") as show:
             place.evaluate(job.run.name, device, show)
-    found = collect(jobs, Results.load(place.results))
-    found.save(place.results)
+    committed = Results.load(place.results)
+    collect(place.jobs, committed, place.study.ablations).save(place.results)  # others keep their rows
+    found = collect(jobs, committed)
     print(tables.to_markdown(headline(found, place)))
     print(tables.to_markdown(_by_class(found, place.study.distances)))
     print(f"Rows: {place.results / 'metrics.csv'}")

@@ -27,7 +27,7 @@ from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
-from mlrpl.files import read_json, write_json
+from mlrpl.files import read_json, read_rows, write_json
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import build, find_method, result_version
@@ -51,6 +51,7 @@ class Job:
     key: str
     folder: Path
     distances: str
+    classes: tuple[str, ...]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -60,7 +61,10 @@ class Job:
     def finished(self, stage: str) -> bool:
         """Whether "train" or "evaluate" is done and its files are there."""
         files = {"train": ["last.pt", "published.pt", "log.csv", "checks.csv"], "evaluate": ["metrics.csv"]}[stage]
-        done = self.provenance.get(stage, {}).get("key") == self.stage_key(stage)
+        facts = self.provenance.get(stage, {})
+        done = facts.get("key") == self.stage_key(stage)
+        if stage == "evaluate":  # whose rows name the classes; older records say nothing of them
+            done = done and facts.get("classes", list(self.classes)) == list(self.classes)
         return done and all((self.folder / name).exists() for name in files)
 
     @property
@@ -164,10 +168,16 @@ class Workplace:
                 built.add(network)
             data = self.data_of(run)
             split_training(run, data, unlabelled > 0)
-            key = run.key(data.fingerprint, result_version(method), method.options(), method.unused_settings)
+            key = run.key(
+                data.fingerprint,
+                result_version(method),
+                method.options(),
+                method.unused_settings,
+                self.store.unseen_classes,
+            )
             # One key, one folder: runs that coincide share it, whatever the first of them was called.
             folder = folders.setdefault(key[:8], self.runs / f"{run.name}-{key[:8]}")
-            job = Job(run, key, folder, self.study.distances)
+            job = Job(run, key, folder, self.study.distances, self.store.classes)
             if not folder.exists():  # another study's will do, if finished: so no two write into one folder
                 others = (replace(job, folder=other) for other in elsewhere[key[:8]])
                 usable = (o for o in others if o.complete and (not audited or (o.folder / "audit.csv").exists()))
@@ -237,14 +247,25 @@ class Workplace:
                 started = time.monotonic()
                 weights = {selection: load(job.folder / f"{selection}.pt", place) for selection in SELECTIONS}
                 evaluate(job.run, data, method, weights, job.folder, self.study.distances, place, watch)
-                job.record("evaluate", seconds=round(time.monotonic() - started, 1))
-        return pd.read_csv(job.folder / "metrics.csv")
+                seconds = round(time.monotonic() - started, 1)
+                job.record("evaluate", seconds=seconds, classes=list(job.classes))
+        return read_rows(job.folder / "metrics.csv")
 
 
-def chosen(place: Workplace, only: str | None) -> Iterator[Job]:
-    """Jobs whose run's name holds one of the texts, which commas separate; all without any."""
-    texts = only.split(",") if only else [""]
-    return (job for job in place.jobs if any(text in job.run.name for text in texts))
+def chosen(place: Workplace, only: str | None) -> list[Job]:
+    """Jobs whose run's name holds one of the texts, which commas separate; all without any.
+
+    Raises:
+        StudyError: if there is none.
+    """
+    if only is None:
+        return place.jobs
+    texts = [text.strip() for text in only.split(",") if text.strip()]
+    jobs = [job for job in place.jobs if any(text in job.run.name for text in texts)]
+    if not jobs:
+        known = ", ".join(dict.fromkeys(f"{job.run.variant}-{job.run.labelled}" for job in place.jobs))
+        raise StudyError(f"study {place.study.name} has no run with {only!r} in its name: it has {known}")
+    return jobs
 
 
 def one_a_key(jobs: Iterable[Job]) -> list[Job]:

@@ -121,9 +121,9 @@ def compilation_pays(device: torch.device, iterations: int) -> bool:
 
 
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
-    """Rate of iteration k of K: base; "poly": × (1 − (k−1)/K)^0.9; "step": × 0.1 every 2,500 iterations."""
+    """Rate of iteration k of K: base; "poly": × (1 − (k−1)/K)^0.9, 0 beyond K; "step": × 0.1 every 2,500 iterations."""
     done = iteration - 1
-    factors = {"constant": 1.0, "poly": (1 - done / iterations) ** 0.9, "step": 0.1 ** (done // 2500)}
+    factors = {"constant": 1.0, "poly": max(1 - done / iterations, 0) ** 0.9, "step": 0.1 ** (done // 2500)}
     return base * factors[schedule]
 
 

@@ -18,6 +18,7 @@ from mlrpl import ablations, audit_report, tables
 from mlrpl.comparison import comparison_tables
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS, SELECTIONS
+from mlrpl.files import read_rows
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, device_name, environment
 from mlrpl.results import Results
@@ -137,7 +138,7 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
         if job.run.fold is not None:
             names["fold"] = job.run.fold
         committed = found.metrics[(found.metrics[list(names)] == pd.Series(names)).all(axis=1)]
-        own = pd.read_csv(job.folder / "metrics.csv").assign(**names)
+        own = read_rows(job.folder / "metrics.csv").assign(**names)
         compared += len(own)
         both = own.merge(committed, on=tables.ROW, how="outer", suffixes=("_own", ""), indicator=True)
         if (both["_merge"] != "both").any():
@@ -154,7 +155,7 @@ def _predictions(place: Workplace, jobs: list[Job]) -> Finding:
     for job in jobs:
         if not (job.folder / PREDICTIONS).exists():
             continue
-        rows = pd.read_csv(job.folder / "metrics.csv").query("selection == 'last' and output == 'decoder1'")
+        rows = read_rows(job.folder / "metrics.csv").query("selection == 'last' and output == 'decoder1'")
         data = place.data_of(job.run)
         cases = {case: data.load(case) for case in data.ids("test")}
         with np.load(job.folder / PREDICTIONS) as maps:
@@ -192,5 +193,5 @@ def _retrained(place: Workplace, job: Job) -> Iterator[Finding]:
                 if name not in theirs or not torch.equal(ours[name], theirs[name])
             ]
         yield Finding(f"weights of {job.run.name}, trained anew", compared, tuple(wrong), remark)
-        same = rows.to_csv(index=False) == pd.read_csv(job.folder / "metrics.csv").to_csv(index=False)
+        same = rows.to_csv(index=False) == read_rows(job.folder / "metrics.csv").to_csv(index=False)
         yield Finding(f"rows of {job.run.name}, trained anew", len(rows), () if same else ("they differ",), remark)

@@ -1,5 +1,6 @@
 """Ablations are a few lines of YAML, coinciding runs are one, and their tables stand beside the paper's figures."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +159,14 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     assert "different precisions** (5 runs: float32; 1 run: bfloat16)" in caution(rows, mixed)
     other = table(found, study.ablations[1])
     assert formatted(other, study.ablations[1])["Paper: Dice (%)"].tolist() == ["—", "worse"]
+
+
+def test_the_folds_of_a_cross_validation_are_one_run(found, study):
+    second = found.ablations.assign(run=found.ablations["run"] + "-f1")
+    folded = replace(found, ablations=pd.concat([found.ablations, second]))
+    rows, whole = (table(results, study.ablations[0]) for results in (folded, found))
+    assert rows["seeds"].tolist() == [2, 2, 2]
+    pd.testing.assert_frame_equal(rows, whole)
 
 
 def test_the_figure_has_the_papers_panel_only_where_there_is_a_number(found, study):

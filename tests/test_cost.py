@@ -87,5 +87,5 @@ def test_the_command_prints_a_line_a_kind(place, capsys, monkeypatch):
 
 
 def test_an_unknown_run_is_one_line(place):
-    with pytest.raises(StudyError, match="study priced: no run has 'unet' in its name"):
+    with pytest.raises(StudyError, match="no run with 'unet' in its name: it has vnet-1, vnet-3, mlrpl-1"):
         cost_study("priced.yaml", None, "unet", "cpu", "runs")

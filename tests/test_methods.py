@@ -670,3 +670,12 @@ def test_volumes_of_a_step_are_those_of_the_method(name, encoded, decoded):
     before = torch.random.get_rng_state()
     assert volumes_a_step(run.model_copy(update={"method": name, "options": {}}), 1, 3) == (encoded, decoded)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mlrpl", (1, 0)), ("vnet", (1, 0)), ("uamt", (1, 1)), ("acmt", (2, 1))])
+@pytest.mark.parametrize("normalisation", ["batch", "instance"])
+def test_volumes_of_a_step_are_counted_for_the_smallest_batches_too(name, batch, normalisation):
+    (run, *_) = load_study("smoke").runs()
+    settings = run.settings.model_copy(update={"batch": batch, "normalisation": normalisation})
+    encoded, _ = volumes_a_step(run.model_copy(update={"method": name, "options": {}, "settings": settings}), 1, 2)
+    assert encoded >= 1

@@ -10,15 +10,23 @@ import SimpleITK
 import yaml
 from test_raw import write
 
-from mlrpl import cli
+from mlrpl import cli, reproduce, verify
+from mlrpl.comparison import case_views
 from mlrpl.config import Study, load_study
 from mlrpl.data import open_store
 from mlrpl.errors import StudyError
 from mlrpl.proposal import Found, fitted_patch, look, propose, target_spacing
+from mlrpl.results import Results
 from mlrpl.steps import prepare_study
 from mlrpl.study import Workplace
 
 SIZE = (28, 24, 22)
+MOMENTS = {
+    "iterations: 3000": "iterations: 2",
+    "filters: 8": "filters: 2",
+    "threads: 2": "threads: 1",
+    "  # - {variant: vnet": "  - {variant: vnet",
+}
 FLIP = np.diag([-1.0, -1, 1])
 
 
@@ -64,11 +72,7 @@ def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
     study = load_study("scans")
     assert (study.folds, study.entries[0].labelled, study.distances) == (3, (2,), "mm")
     assert study.dataset.options["classes"] == ["background", "class 1"]
-    text = (tmp_path / "scans.yaml").read_text()
-    changes = {"iterations: 3000": "iterations: 2", "filters: 8": "filters: 2", "threads: 2": "threads: 1"}
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    (tmp_path / "scans.yaml").write_text(text)
+    shortened(tmp_path / "scans.yaml")
     assert command(monkeypatch, "prepare", "scans", "--source", folder) == 0
     assert "iterations: 2\n" in (tmp_path / "scans.yaml").read_text()  # what was edited stays
 
@@ -76,7 +80,7 @@ def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
     assert "no run is trained" in capsys.readouterr().err
     assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
     assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
-    assert capsys.readouterr().out.count("trained already") == 3
+    assert capsys.readouterr().out.count("trained already") == 6
     assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 0
     rows = pd.read_csv(tmp_path / "results/scans/metrics.csv")
     last = rows[(rows["selection"] == "last") & (rows["output"] == "mean")]
@@ -221,3 +225,112 @@ def test_a_study_is_proposed_for_the_hardware_that_will_train_it(folder, tmp_pat
     for hardware, filters in (("cpu", 8), ("cuda", 16)):
         assert command(monkeypatch, "prepare", f"on-{hardware}", "--source", folder, "--hardware", hardware) == 0
         assert {run.settings.filters for run in load_study(f"on-{hardware}.yaml").runs()} == {filters}
+
+
+def scans(root, names, values=(0, 1), ending=".nii.gz"):
+    """Images of one channel with labels of the same names, no dataset.json."""
+    for number, name in enumerate(names):
+        channels, label = cuboid(number)
+        write(root / f"imagesTr/{name}{ending}", channels[0])
+        write(root / f"labelsTr/{name}{ending}", np.array(values, np.uint8)[label])
+    return root
+
+
+def shortened(path):
+    """Make a proposed study one of moments, with V-Net beside MLRPL."""
+    text = path.read_text()
+    for old, new in MOMENTS.items():
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_numbers_as_names_go_through_a_cross_validation_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["001", "002", "003", "004"])
+    (root / "labelsTr/004.nii.gz").unlink()
+    assert command(monkeypatch, "prepare", "2024", "--source", root) == 0
+    shortened(tmp_path / "2024.yaml")
+    for step in ("train", "evaluate"):
+        assert command(monkeypatch, step, "2024", "--device", "cpu") == 0
+    place, found = Workplace("2024"), Results.load(tmp_path / "results/2024")
+    assert set(found.metrics["case"]) == {"001", "002", "003"} and len(found.runs) == 6
+    views, _ = case_views(place, found)
+    assert len(views) == 3 and all(set(view.dice) == {"MLRPL", "V-Net"} for view in views)
+    assert all(not finding.wrong for finding in verify.verify(place))
+    assert command(monkeypatch, "evaluate", "2024", "--only", "vnet", "--device", "cpu") == 0
+    assert len(Results.load(tmp_path / "results/2024").runs) == 6  # the others keep their rows
+    capsys.readouterr()
+    reproduce._compare_with_committed(found, found)
+    assert f"{len(found.metrics)} compared, mean |Δ Dice| 0.000" in capsys.readouterr().out
+
+    assert command(monkeypatch, "train", "2024", "--only", "typo") == 2
+    assert "no run with 'typo' in its name: it has mlrpl-2, vnet-2" in capsys.readouterr().err
+    assert command(monkeypatch, "train", "2024", "--only", " mlrpl-2 ,") == 0
+    assert capsys.readouterr().out.count("trained already") == 3
+
+    before = {job.run.name: job.key for job in place.jobs}
+    study = (tmp_path / "2024.yaml").read_text()
+    (tmp_path / "2024.yaml").write_text(study.replace('"class 1"', '"organ"'))
+    assert command(monkeypatch, "prepare", "2024", "--source", root) == 0
+    renamed = Workplace("2024").jobs
+    assert {job.run.name: job.key for job in renamed} == before  # another name is no other training
+    assert all(job.finished("train") and not job.finished("evaluate") for job in renamed)
+    (tmp_path / "2024.yaml").write_text(study.replace('"class 1"', '"class 1", "class 2"'))
+    assert command(monkeypatch, "prepare", "2024", "--source", root) == 0
+    assert not any(job.finished("train") for job in Workplace("2024").jobs)  # another class is another network
+
+
+@pytest.mark.parametrize("names", [["patient_0001", "patient_0002", "patient_0040"], ["a_0000", "b_0000"]])
+def test_numbers_at_the_end_of_a_case_are_no_channels(tmp_path, names):
+    found = look(scans(tmp_path, names))
+    assert (found.images, found.labelled, len(found.windows)) == (len(names), len(names), 1)
+
+
+def test_label_values_with_gaps_are_refused_in_one_line(tmp_path):
+    with pytest.raises(StudyError, match=r"the values 0, 255; they must be 0 \(background\), 1, …") as error:
+        look(scans(tmp_path, ["a", "b"], values=(0, 255)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["kidney_left", "Left-Hippocampus", "left lobe", "lung.right"])
+def test_a_class_with_a_side_is_not_mirrored(name):
+    assert proposed(classes=("background", name)).settings.augmentation == ()
+    assert proposed(classes=("background", "cleft")).settings.augmentation == ("mirror",)
+
+
+def test_a_proposed_window_knows_nothing_of_test_cases(tmp_path):
+    root = scans(tmp_path, ["a", "b", "c"])
+    window = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
+    (root / "dataset.json").write_text(json.dumps(window))
+    alone = look(root).windows
+    channels, label = cuboid(9)
+    write(root / "imagesTs/z.nii.gz", channels[0] + 400)
+    write(root / "labelsTs/z.nii.gz", label)
+    found = look(root)
+    assert found.tests == 1 and found.windows == alone
+
+
+def test_corrected_files_of_the_same_size_are_prepared_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b"], ending=".nii")
+    made = prepare_study("scans", str(root), "runs")
+    written = made.folder / "store.json"
+    (root / "labelsTr/a.nii").touch()  # newer, but the same
+    inode = written.stat().st_ino
+    assert prepare_study("scans", str(root), "runs").fingerprint == made.fingerprint
+    assert written.stat().st_ino == inode
+    write(root / "labelsTr/a.nii", 1 - cuboid(0)[1])
+    corrected = prepare_study("scans", str(root), "runs")
+    assert corrected.fingerprint != made.fingerprint
+    np.testing.assert_array_equal(corrected.load("a").label, 1 - cuboid(0)[1])
+
+
+def test_an_edited_description_is_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b"])
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "organ": 1}}
+    (root / "dataset.json").write_text(json.dumps(description))
+    assert prepare_study("scans", str(root), "runs").classes == ("background", "organ")
+    description["labels"]["tumour"] = 2
+    (root / "dataset.json").write_text(json.dumps(description))
+    assert prepare_study("scans", str(root), "runs").classes == ("background", "organ", "tumour")

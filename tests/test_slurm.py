@@ -97,6 +97,11 @@ def test_without_slurm_it_is_said_where_to_type_the_command(monkeypatch, tmp_pat
     assert queue() == {}
 
 
+def test_a_list_of_devices_is_refused_on_slurm(tmp_path):
+    with pytest.raises(StudyError, match="name one device, or none"):
+        submit(SimpleNamespace(runs=tmp_path), [], Resources(), "cuda:0,cuda:1", False, False)
+
+
 # With Slurm. The first two start no training.
 
 

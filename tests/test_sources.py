@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import SimpleITK
 
 from mlrpl.data import open_store, prepare
 from mlrpl.data.decathlon import Decathlon
+from mlrpl.data.volumes import read_nifti
 from mlrpl.errors import StudyError
 
 SHAPE = (9, 8, 7)
@@ -346,6 +348,16 @@ def test_truncated_uncompressed_nifti(decathlon, tmp_path):
     path = decathlon / "imagesTr/organ_6.nii"
     path.write_bytes(path.read_bytes()[:-40])
     refused("decathlon", decathlon, tmp_path, "imagesTr/organ_6.nii", test=2)
+
+
+def test_axes_that_are_not_at_right_angles_are_no_truncation(tmp_path):
+    write_nifti(tmp_path / "sheared.nii", volume(0), (1, 1, 1), (0, 0, 0), np.eye(3).ravel())
+    header = bytearray((tmp_path / "sheared.nii").read_bytes())
+    struct.pack_into("<2h", header, 252, 0, 1)  # no quaternion, an affine matrix
+    struct.pack_into("<12f", header, 280, 1, 0.05, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    (tmp_path / "sheared.nii").write_bytes(header)
+    with pytest.raises(StudyError, match="axes are not at right angles"):
+        read_nifti(tmp_path, "sheared.nii")
 
 
 def test_label_without_image(decathlon, tmp_path):

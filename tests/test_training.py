@@ -609,6 +609,7 @@ def test_learning_rate_schedules():
     assert rates["constant"] == [0.01] * 4
     assert rates["step"] == pytest.approx([0.01, 0.01, 0.001, 0.00001])
     assert rates["poly"] == pytest.approx([0.01, 0.01 * 0.7501**0.9, 0.01 * 0.75**0.9, 0.01 * 0.0001**0.9])
+    assert learning_rate("poly", 0.01, 6000, 3000) == 0  # a step of later that is only timed
 
 
 def test_the_rate_that_is_logged_is_the_rate_that_is_used(store, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ file; options turn the axes, resample and normalise otherwise. Spacing, origin a
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -147,11 +147,11 @@ class Decathlon:
     def _cases(self, part: str) -> dict[str, tuple[list[str], list[str]]]:
         """Case id → (image files, its label file if there is one), names relative to the root; part: "Tr" or "Ts"."""
         images, labels = nifti_files(self.root / f"images{part}"), nifti_files(self.root / f"labels{part}")
-        numbered = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
+        numbered = _numbered(images, labels)
         files: dict[str, list[str]] = {}
-        if all(match and int(match[2]) < self.channels for match in numbered.values()):
-            for name, match in numbered.items():
-                files.setdefault(match[1], []).append(f"images{part}/{images[name]}")
+        if all(channel < self.channels for _, channel in numbered.values()) and len(numbered) == len(images):
+            for name, (case, _) in numbered.items():
+                files.setdefault(case, []).append(f"images{part}/{images[name]}")
             for case, names in list(files.items()):
                 if len(names) != self.channels:
                     self._reject(
@@ -192,8 +192,17 @@ def _channels(root: Path, description: Mapping[str, Any]) -> int:
     """As dataset.json says; without one, from the numbers in the file names, else 1."""
     if description:
         return len(_mapping(description, "channel_names", "modality"))
-    matches = [re.fullmatch(r".+_(\d{4})", name) for name in nifti_files(root / "imagesTr")]
-    return max((int(match[1]) for match in matches if match), default=0) + 1 if all(matches) else 1
+    images = nifti_files(root / "imagesTr")
+    numbered = _numbered(images, nifti_files(root / "labelsTr"))
+    return 1 + max(channel for _, channel in numbered.values()) if images and len(numbered) == len(images) else 1
+
+
+def _numbered(images: Iterable[str], labels: Collection[str]) -> dict[str, tuple[str, int]]:
+    """Case and channel of the images whose names end in _0000, _0001, …; of none if these numbers are the cases'."""
+    if any(name in labels for name in images):
+        return {}
+    matches = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
+    return {name: (match[1], int(match[2])) for name, match in matches.items() if match}
 
 
 def _description(root: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,7 +25,7 @@ from mlrpl.data.pancreas import Pancreas
 from mlrpl.data.phantom import Phantom
 from mlrpl.data.source import Entry, Raw, Rejected, Source, parse_options
 from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
-from mlrpl.data.volumes import checksum, size
+from mlrpl.data.volumes import changed_at, checksum, size
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, remove_temporary, write_json
 
@@ -53,8 +54,9 @@ def prepare(
 ) -> Store:
     """Make the case store of a dataset in `folder`, or open the one that is there and still right.
 
-    A store is right when it was made with the same settings from the same listing (case order, file names,
-    sizes); with `source` None (the user gave no DATA) the settings alone decide. `folder` is never half-written: a
+    A store is right when it was made with the same settings from the same listing (case order, file names, sizes),
+    classes and channels, and no file written since has other bytes; with `source` None (the user gave no DATA) the
+    settings alone decide. `folder` is never half-written: a
     preparation that fails leaves whatever was there before, one that is killed goes on where it was.
 
     Args:
@@ -90,13 +92,13 @@ def prepare(
     if not any(entry.split == "train" for entry in reader.entries):
         raise StudyError(f"dataset {dataset.name}: no training case; a study needs training cases")
     settings["listing"] = _listing(reader, root)
-    store = _existing(folder, settings)
+    store = _existing(folder, settings, reader, root)
     if store:
         return store
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(folder, ".lock")):
-            return _existing(folder, settings) or _build(
+            return _existing(folder, settings, reader, root) or _build(
                 reader, root, settings, folder, progress, workers or min(WORKERS, _processors())
             )
     except OSError as error:  # disk full, read-only, ...: sources turn their own into StudyError
@@ -118,12 +120,33 @@ def _open_without_source(name: str, folder: Path, settings: dict[str, Any]) -> S
     return store
 
 
-def _existing(folder: Path, settings: dict[str, Any]) -> Store | None:
+def _existing(folder: Path, settings: dict[str, Any], reader: Source, root: Path | None) -> Store | None:
     try:
         store = open_store(folder)
     except StudyError:
         return None
-    return store if store.index["settings"] == settings else None
+    same = store.index["settings"] == settings
+    same = same and (store.classes, store.channels) == (tuple(reader.classes), reader.channels)
+    return store if same and (root is None or _unchanged(store, reader, root)) else None
+
+
+def _unchanged(store: Store, reader: Source, root: Path) -> bool:
+    """Whether files that were written after the store hold the bytes that it was made from."""
+    index = store.folder / "store.json"
+    made = index.stat().st_mtime_ns
+    recorded = {case["id"]: case["sources"] for case in store.index["cases"]}
+    newer = [
+        entry
+        for entry in reader.entries
+        if any((root / name).exists() and changed_at(root / name) >= made for name in entry.files)
+    ]
+    for entry in newer:
+        if recorded.get(entry.id) != [checksum(root / name) for name in entry.files]:
+            return False
+    if newer:
+        with suppress(OSError):  # so that they need not be read again
+            os.utime(index)
+    return True
 
 
 def _listing(reader: Source, root: Path | None) -> str:
@@ -139,11 +162,12 @@ def _build(
     reader: Source, root: Path | None, settings: dict[str, Any], folder: Path, progress: Progress | None, workers: int
 ) -> Store:
     partial, previous = _beside(folder, ".partial"), _beside(folder, ".old")
-    if read_json(partial / "settings.json") != settings:  # of another preparation that was killed
+    state = settings | {"format": FORMAT}
+    if read_json(partial / "settings.json") != state:  # of another preparation that was killed
         shutil.rmtree(partial, ignore_errors=True)
     remove_temporary(partial)
     try:
-        write_json(partial / "settings.json", settings)
+        write_json(partial / "settings.json", state)
         cases, rejected = _write_cases(reader, root, settings["step"], partial, progress, workers)
         scales = [case.pop("scale") for case in cases]
         trained = [scale for case, scale in zip(cases, scales, strict=True) if scale and case["split"] == "train"]
@@ -310,5 +334,6 @@ def _save(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
         "geometry": raw.geometry,
         "original": raw.original,
         "has_label": raw.label is not None,
+        "highest": 0 if raw.label is None else int(raw.label.max()),
         "arrays": written,
     }

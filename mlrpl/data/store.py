@@ -1,7 +1,8 @@
 """The case store: prepared volumes on disk, read by every later step.
 
     <folder>/store.json                 what the dataset is, how images are prepared, what was rejected and, per case,
-                                        split, shape, spacing, geometry, SHA-256 of arrays and of the files behind them
+                                        split, shape, spacing, geometry, highest value of its label, SHA-256 of arrays
+                                        and of the files behind them
     <folder>/cases/<id>/image.npy       float32 (channels, x, y, z)
     <folder>/cases/<id>/label.npy       uint8 (x, y, z); absent for a case without reference
 
@@ -21,7 +22,7 @@ import numpy as np
 from mlrpl.data.preparation import Preparation
 from mlrpl.errors import StudyError
 
-FORMAT = 2  # raise when what is written changes: older stores are then prepared again
+FORMAT = 3  # raise when what is written changes: older stores are then prepared again
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Store:
         held = set(labelled[number::folds])
         cases = [case | {"split": "test"} if case["id"] in held else case for case in self.index["cases"]]
         return Store(self.folder, self.index | {"cases": cases, "fingerprint": fingerprint(cases)})
+
+    @property
+    def unseen_classes(self) -> int:
+        """Classes beyond the highest value of any label: what `fingerprint` does not tell of their number."""
+        return len(self.classes) - 1 - max(case["highest"] for case in self.index["cases"])
 
     def size(self, case_ids: list[str]) -> int:
         """Bytes of these cases in memory."""

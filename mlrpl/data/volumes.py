@@ -51,7 +51,9 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
         size = check_nifti(root / name, name)
         volume = SimpleITK.ReadImage(str(root / name))
         stored = _stored_voxels(root / name, volume, size)
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error):
+    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
+        if "orthonormal" in str(error):
+            raise StudyError(f"{name}: its axes are not at right angles; resample it, or correct its sform") from None
         raise StudyError(f"{name}: cannot be read as NIfTI, it may be cut short; copy it again") from None
     bad = np.count_nonzero(~np.isfinite(stored))
     if bad:
@@ -121,6 +123,12 @@ def size(path: Path) -> int:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size
+
+
+def changed_at(path: Path) -> int:
+    """When a file, or the newest in a folder, was last written (ns)."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def checksum(path: Path) -> str:

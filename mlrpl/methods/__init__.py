@@ -89,9 +89,10 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
 def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, int]:
     """Volumes that go forward through encoders, and through decoders, in one training step of the run.
 
-    Counted in a step on the smallest patch; passes without gradient, such as a teacher's, count too.
+    Counted in a step on a small patch, of two voxels at the bottleneck, since one alone cannot be normalised; passes
+    without gradient, such as a teacher's, count too.
     """
-    settings = run.settings.model_copy(update={"patch": (STRIDE,) * 3, "filters": 2})
+    settings = run.settings.model_copy(update={"patch": (2 * STRIDE, STRIDE, STRIDE), "filters": 2})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         method = build(run.model_copy(update={"settings": settings}), in_channels, num_classes).train()
