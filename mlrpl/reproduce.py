@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlrpl import tables
 from mlrpl.comparison import headline
@@ -18,6 +17,7 @@ from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.results import Results, collect
 from mlrpl.slurm import Resources, minutes, submit
+from mlrpl.steps import counting_bar
 from mlrpl.study import Job, Workplace, pending
 from mlrpl.study_report import report_notebooks, write_report
 from mlrpl.training import name_device
@@ -101,12 +101,7 @@ def _reproduce(
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
     for folder in (place.runs, place.results, *place.results.glob("*/")):
         remove_temporary(folder)
-    with tqdm(desc="  preparing cases", unit="case", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.refresh()
-
+    with counting_bar("  preparing cases", "case") as show:
         store = place.store = place.prepare(show)
     committed = Results.load(place.results)
     adopted = committed.keys() if adopt else set()

@@ -41,7 +41,7 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
             raise StudyError(f"no study {name!r} yet: give your data, mlrpl prepare {name} --source DIR")
         if not re.match(SLUG, name):
             raise StudyError(f"{name!r} cannot be a study's name: take small letters, digits, - and _, as in 'mine'")
-        with _bar("looking at the images", "case") as show:
+        with counting_bar("looking at the images", "case") as show:
             path = write_study(name, Path(source), hardware or name_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
@@ -55,7 +55,7 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
 
 
 def _prepared(place: Workplace) -> Store:
-    with _bar("preparing", "case") as show:
+    with counting_bar("preparing", "case") as show:
         place.store = place.prepare(show)
     return place.store
 
@@ -91,7 +91,7 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
     if not jobs:
         raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
     for job in jobs:
-        with _alone(job), _bar(job.run.name, "case") as show:
+        with _alone(job), counting_bar(job.run.name, "case") as show:
             place.evaluate(job.run.name, device, show)
     committed = Results.load(place.results)
     collect(place.jobs, committed, place.study.ablations).save(place.results)  # others keep their rows
@@ -149,7 +149,8 @@ def _alone(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def counting_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, gone at the end; yields what tells it (done, of)."""
     with tqdm(desc=what, unit=unit, leave=False, disable=None) as bar:
         yield lambda done, total: _show(bar, done, total)
 

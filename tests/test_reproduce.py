@@ -454,7 +454,9 @@ def test_only_chooses_by_any_of_several_texts(place):
     assert place("mlrpl", settings=settings) == ["mlrpl-1-s0"]
     assert place("vnet,mlrpl", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
     assert place("s0,nothing", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
-    assert place("nothing", settings=settings) == []
+    assert place(" mlrpl ,", settings=settings) == ["mlrpl-1-s0"]
+    with pytest.raises(StudyError, match="no run with 'nothing' in its name: it has vnet-1, mlrpl-1"):
+        place("nothing", settings=settings)
 
 
 @pytest.mark.parametrize("lost", [
