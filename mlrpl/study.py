@@ -258,7 +258,7 @@ def chosen(place: Workplace, only: str | None) -> list[Job]:
     Raises:
         StudyError: if there is none.
     """
-    if only is None:
+    if not only:
         return place.jobs
     texts = [text.strip() for text in only.split(",") if text.strip()]
     jobs = [job for job in place.jobs if any(text in job.run.name for text in texts)]
