@@ -27,6 +27,7 @@ import yaml
 
 import mlrpl.reproduce
 from mlrpl.comparison import case_views
+from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST
 from mlrpl.files import read_json
 from mlrpl.results import Results, collect, run_frames
