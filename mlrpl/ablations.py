@@ -4,6 +4,7 @@ Dice of the final weights, decoder 1, in %. A difference is paired: over the cas
 both variants have.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from mlrpl.results import Results
 from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, conditions, titled, two_decimals, with_interval
+
+FOLD = re.compile(r"-f\d+$")  # at the end of a run's name
 
 OURS, PAPER = "#D55E00", "#0072B2"
 
@@ -92,8 +95,9 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
 
 def caution(rows: pd.DataFrame, runs: pd.DataFrame) -> str:
     """What cannot be concluded from a :func:`table`, in sentences; `runs` are all of the results."""
-    named = set(", ".join(rows["runs"]).split(", "))
-    return f"{conditions(runs[runs['run'].isin(named)])}{limits(rows.assign(title=rows['variant']))}"
+    named = {FOLD.sub("", name) for name in ", ".join(rows["runs"]).split(", ")}
+    mine = runs["run"].str.replace(FOLD, "", regex=True).isin(named)
+    return f"{conditions(runs[mine])}{limits(rows.assign(title=rows['variant']))}"
 
 
 def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
@@ -121,10 +125,10 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
 
 
 def _briefly(names: str) -> str:
-    """Runs that differ in the seed alone, by one name: "wr-4-s0, wr-4-s1" is "wr-4-s0, s1"."""
+    """Runs that differ in seed and fold alone, by one name: "wr-4-s0, wr-4-s1" is "wr-4-s0, s1"."""
     seeds: dict[str, list[str]] = {}
     for name in names.split(", "):
-        stem, _, seed = name.rpartition("-")
+        stem, _, seed = FOLD.sub("", name).rpartition("-")
         seeds.setdefault(stem, []).append(seed)
     return "; ".join(f"{stem}-{', '.join(found)}" for stem, found in seeds.items())
 

@@ -45,8 +45,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """A table of ours from its csv file: names as text, "" where there is none, all else as pandas understands it."""
-    return pd.read_csv(path, converters=dict.fromkeys(TEXT, str))
+    """A table of ours from its csv file: names as text, also "001" or "NA"; NaN for what is empty, and nothing else."""
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.results import Results, collect
-from mlrpl.slurm import Resources, minutes, submit
+from mlrpl.slurm import Resources, minutes, one_device, submit
 from mlrpl.steps import counting_bar
 from mlrpl.study import Job, Workplace, pending
 from mlrpl.study_report import report_notebooks, write_report
@@ -77,8 +77,9 @@ def reproduce(
         StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
     """
     started = time.monotonic()
-    if slurm:
-        minutes(slurm.time)  # before anything is prepared
+    if slurm:  # before anything is prepared
+        minutes(slurm.time)
+        one_device(device)
     place = Workplace(study, runs, results, data)
     for name in device.split(",") if device and not slurm else ():  # a node that only queues may have no GPU
         name_device(name)
@@ -104,7 +105,7 @@ def _reproduce(
     with counting_bar("  preparing cases", "case") as show:
         store = place.store = place.prepare(show)
     committed = Results.load(place.results)
-    adopted = committed.keys() if adopt else set()
+    adopted = committed.keys(store.classes) if adopt else set()
     todo = list(pending(place, only, adopted))
     adopted_names = [job.run.name for job in place.jobs if job.key in adopted and not job.finished("evaluate")]
     runs = counted(len({job.key for job in place.jobs}), "run")
@@ -218,7 +219,7 @@ def _data_key(place: Workplace) -> dict[str, str]:
     """What 01-data depends on, and where it puts its figures."""
     sources = NOTEBOOKS / "01-data.ipynb", PACKAGE / "data_report.py", PACKAGE / "drawing.py"
     settings = place.study.dataset.model_dump(), str(place.results.parent)
-    return {"key": _hash([place.store.fingerprint, settings, _source(*sources)])}
+    return {"key": _hash([place.store.fingerprint, place.store.classes, settings, _source(*sources)])}
 
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:

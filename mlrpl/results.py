@@ -79,9 +79,13 @@ class Results:
         }
         return Results(metrics, runs, **named)
 
-    def keys(self) -> set[str]:
-        """Keys of the runs in it."""
-        return set(self.runs["key"]) if len(self.runs) else set()
+    def keys(self, classes: Sequence[str]) -> set[str]:
+        """Keys of the runs in it whose rows are of these classes, background first."""
+        if not len(self.metrics):
+            return set()
+        rows = self.metrics.groupby(list(IDENTITY), dropna=False)["class"].agg(set)
+        usable = rows.index[rows.map(lambda found: found == set(classes[1:]))]
+        return set(self.runs.loc[pd.MultiIndex.from_frame(self.runs[list(IDENTITY)]).isin(usable), "key"])
 
 
 def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablation] = ()) -> Results:
@@ -93,7 +97,7 @@ def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablatio
             rows, marked as adopted.
         ablations: the study's.
     """
-    keys = committed.keys()
+    keys = committed.keys(jobs[0].classes) if jobs else set()
     parts: list[Results] = []
     names: dict[str, str] = {}  # by key: the first run of it
     for job in jobs:

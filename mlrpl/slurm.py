@@ -67,6 +67,12 @@ def minutes(text: str) -> int:
     return total
 
 
+def one_device(device: str | None) -> None:
+    """StudyError for several: each run is a job of its own, which finds its GPU."""
+    if device and "," in device:
+        raise StudyError(f"device {device!r}: on Slurm each run is a job of its own; name one device, or none")
+
+
 def submit(
     place: Workplace, jobs: Sequence[Job], resources: Resources, device: str | None, tensorboard: bool, adopt: bool
 ) -> str:
@@ -88,8 +94,6 @@ def submit(
     """
     import submitit
 
-    if device and "," in device:
-        raise StudyError(f"device {device!r}: on Slurm each run is a job of its own; name one device, or none")
     _require_slurm()
     record = read_json(place.runs / "slurm.json")
     waiting = queue()

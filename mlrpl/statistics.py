@@ -230,7 +230,7 @@ def same_seeds(table: pd.DataFrame) -> str:
     means = table.set_index(["labelled", "title"])["mean"]
     there = table[table["common"] > 0]
     whole = means.reindex(pd.MultiIndex.from_frame(there[["labelled", "reference"]])).to_numpy()
-    other = there[(there["beside"] - whole).abs() > 0.005]
+    other = there[((there["beside"] - whole).abs() > 0.005) | (there["common"] < there["seeds"])]
     said = []
     for (labelled, reference, beside), rows in other.groupby(["labelled", "reference", "beside"], sort=False):
         where = f" at {labelled} labelled" if table["labelled"].nunique() > 1 else ""

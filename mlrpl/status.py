@@ -37,7 +37,7 @@ def standings(place: Workplace) -> list[Standing]:
     jobs = read_json(place.runs / "slurm.json").get("runs", {})
     queued = slurm.queue() if jobs else {}
     submitted = {job.key: jobs[job.run.name] for job in place.jobs if job.run.name in jobs}
-    committed = Results.load(place.results).keys()
+    committed = Results.load(place.results).keys(place.store.classes)
     found = []
     for job in one_a_key(place.jobs):
         standing = _standing(job, queued.get(submitted.get(job.key, "")))

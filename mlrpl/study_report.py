@@ -13,7 +13,7 @@ from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.execution import execute, notebook_parameters
 from mlrpl.explore import explorable
-from mlrpl.files import atomic, read_json, remove_temporary, write_json
+from mlrpl.files import atomic, read_json, read_rows, remove_temporary, write_json
 from mlrpl.locks import locked
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
@@ -309,12 +309,13 @@ def write_overview(results: Path) -> None:
     """`results/index.html`: the studies with what they found, then whatever else has a page there."""
     studies, others = [], []
     for index in sorted(results.glob("*/index.html")):
-        facts, finished = read_json(index.parent / "provenance.json"), len(Results.load(index.parent))
+        facts = read_json(index.parent / "provenance.json")
         title, href = facts.get("title", index.parent.name), f"{index.parent.name}/index.html"
-        if finished:
-            comparison = pd.read_csv(index.parent / "tables" / "comparison.csv", dtype=str)
-            cases = " and ".join(comparison["Cases"].unique())
-            text = f"{cases} test cases; {_progress(finished, facts.get('asked', finished))}"
+        runs, table = index.parent / "runs.csv", index.parent / "tables" / "comparison.csv"
+        if runs.exists() and table.exists():
+            comparison, finished = pd.read_csv(table, dtype=str, keep_default_na=False), len(read_rows(runs))
+            cases = comparison["Cases"].astype(int).max()  # fewer where folds of a cross-validation are missing
+            text = f"{counted(cases, 'test case')}; {_progress(finished, facts.get('asked', finished))}"
             studies.append(Entry(title, href, text, tables.overview(comparison)))
         else:
             others.append(Entry(title, href, facts.get("summary", "")))

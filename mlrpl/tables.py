@@ -140,11 +140,11 @@ def overview(comparison: pd.DataFrame) -> pd.DataFrame:
     paper = "Paper: Dice (%)"
     columns = {}
     for labelled, group in rows.groupby("Labelled", sort=False):
-        for selection, heading in {"last": "last weights", "published": "best check"}.items():
-            chosen = group[group["Selection"] == selection].set_index("Method")
-            columns[f"{labelled} labelled: {heading}"] = chosen["Dice (%)"]
-        if paper in chosen and (chosen[paper] != "—").any():
-            columns[f"{labelled} labelled: paper"] = chosen[paper]
+        last, best = (group[group["Selection"] == selection].set_index("Method") for selection in SELECTIONS)
+        columns[f"{labelled} labelled: last weights"] = last["Dice (%)"]
+        columns[f"{labelled} labelled: best check"] = best["Dice (%)"]
+        if paper in best and (best[paper] != "—").any():
+            columns[f"{labelled} labelled: paper"] = best[paper]
     table = pd.DataFrame(columns).reindex(rows["Method"].drop_duplicates()).fillna("—")
     return table.rename_axis("Method").reset_index()
 

@@ -94,7 +94,8 @@ def found(study, tmp_path) -> Results:
     for run in study.runs():
         folder = tmp_path / key(run)
         folder.mkdir(exist_ok=True)
-        jobs.append(SimpleNamespace(run=run, key=key(run), folder=folder, finished=lambda stage: True, complete=True))
+        state = {"finished": lambda stage: True, "complete": True, "classes": ("background", "a")}
+        jobs.append(SimpleNamespace(run=run, key=key(run), folder=folder, **state))
         gain = 0.1 * ("selection" not in run.options) + 0.05 * ("weighting" not in run.options)
         identity = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
         rows = [
@@ -162,11 +163,18 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
 
 
 def test_the_folds_of_a_cross_validation_are_one_run(found, study):
-    second = found.ablations.assign(run=found.ablations["run"] + "-f1")
-    folded = replace(found, ablations=pd.concat([found.ablations, second]))
+    def folds(frame):
+        return pd.concat([frame.assign(run=frame["run"] + f"-f{fold}") for fold in range(2)])
+
+    cases = found.metrics["case"].rank(method="dense")
+    metrics = found.metrics.assign(fold=(cases % 2).astype(int))
+    runs = folds(found.runs)
+    runs["precision"] = runs["run"].str.endswith("-f1").map({True: "bfloat16", False: "float32"})
+    folded = replace(found, metrics=metrics, runs=runs, ablations=folds(found.ablations))
     rows, whole = (table(results, study.ablations[0]) for results in (folded, found))
-    assert rows["seeds"].tolist() == [2, 2, 2]
-    pd.testing.assert_frame_equal(rows, whole)
+    pd.testing.assert_frame_equal(rows.drop(columns="runs"), whole.drop(columns="runs"))
+    assert formatted(rows, study.ablations[0])["Runs"].iloc[1] == "parts-hr-4-s0, s1"
+    assert "6 runs: bfloat16" in caution(rows, folded.runs)
 
 
 def test_the_figure_has_the_papers_panel_only_where_there_is_a_number(found, study):

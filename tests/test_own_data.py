@@ -1,6 +1,7 @@
 """One's own data: a study proposed from the images, cross-validated, and predictions on the images' grids."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -27,6 +28,7 @@ MOMENTS = {
     "threads: 2": "threads: 1",
     "  # - {variant: vnet": "  - {variant: vnet",
 }
+prepare_module = sys.modules["mlrpl.data.prepare"]  # the package's `prepare` is the function
 FLIP = np.diag([-1.0, -1, 1])
 
 
@@ -319,10 +321,70 @@ def test_corrected_files_of_the_same_size_are_prepared_again(tmp_path, monkeypat
     inode = written.stat().st_ino
     assert prepare_study("scans", str(root), "runs").fingerprint == made.fingerprint
     assert written.stat().st_ino == inode
-    write(root / "labelsTr/a.nii", 1 - cuboid(0)[1])
+    write(tmp_path / "corrected.nii", 1 - cuboid(0)[1])
+    os.utime(tmp_path / "corrected.nii", (0, 0))
+    (tmp_path / "corrected.nii").replace(root / "labelsTr/a.nii")  # whose time is of 1970
     corrected = prepare_study("scans", str(root), "runs")
     assert corrected.fingerprint != made.fingerprint
     np.testing.assert_array_equal(corrected.load("a").label, 1 - cuboid(0)[1])
+
+
+def test_a_file_corrected_while_it_is_prepared_is_prepared_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b"], ending=".nii")
+    save = prepare_module._save
+
+    def late(raw, entry, folder):
+        if entry.id == "a":
+            write(root / "labelsTr/a.nii", 1 - cuboid(0)[1])
+        return save(raw, entry, folder)
+
+    monkeypatch.setattr(prepare_module, "_save", late)
+    made = prepare_study("scans", str(root), "runs")
+    monkeypatch.setattr(prepare_module, "_save", save)
+    assert prepare_study("scans", str(root), "runs").fingerprint != made.fingerprint
+
+
+def test_a_rejected_case_is_looked_at_again_when_its_files_have_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b", "c"], ending=".nii")
+    whole = (root / "labelsTr/c.nii").read_bytes()
+    (root / "labelsTr/c.nii").write_bytes(whole[:100].ljust(len(whole), b"x"))
+    store = prepare_study("scans", str(root), "runs")
+    assert [each["case"] for each in store.index["rejected"]] == ["c"]
+    inode = (store.folder / "store.json").stat().st_ino
+    (root / "labelsTr/c.nii").touch()
+    prepare_study("scans", str(root), "runs")
+    assert (store.folder / "store.json").stat().st_ino == inode
+    (root / "labelsTr/c.nii").write_bytes(whole)
+    assert prepare_study("scans", str(root), "runs").index["rejected"] == []
+    (root / "imagesTr/c.nii").unlink()
+    (root / "imagesTr/c.nii").symlink_to("nowhere")
+    (root / "labelsTr/c.nii").touch()
+    assert [each["case"] for each in prepare_study("scans", str(root), "runs").index["rejected"]] == ["c"]
+
+
+def test_a_killed_preparation_is_not_gone_on_with_for_other_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b"], values=(0, 2))
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "organ": 1, "tumour": 2}}
+    (root / "dataset.json").write_text(json.dumps(description))
+    monkeypatch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(prepare_module, "fingerprint", lambda _: 1 / 0)  # when both cases are written
+    with pytest.raises(ZeroDivisionError):
+        prepare_study("scans", str(root), "runs")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    del description["labels"]["tumour"]
+    (root / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(StudyError, match="the label has the value 2"):
+        prepare_study("scans", str(root), "runs")
+
+
+def test_one_label_with_a_channels_number_leaves_the_channels_as_they_are(folder):
+    (folder / "labelsTr/scan2.nii.gz").rename(folder / "labelsTr/scan2_0000.nii.gz")
+    found = look(folder)
+    assert (found.images, len(found.windows)) == (5, 2)
 
 
 def test_an_edited_description_is_followed(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from mlrpl import drawing
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
-from mlrpl.study_report import remarks
+from mlrpl.study_report import remarks, write_overview
 
 ROOT = Path(__file__).parents[1]
 WIDE = pd.DataFrame([[f"{10 * row + column:.3f}" for column in range(14)] for row in range(3)])
@@ -374,3 +374,23 @@ def test_remarks_tell_what_hinders_a_comparison():
     assert "different precisions** (2 runs: float32; 1 run: bfloat16)" in said
     assert "different hardware (2 runs: CPU: A; 1 run: CPU: B)" in said
     assert remarks([vnet, asked[2]], runs.iloc[[0, 2]]) == ""
+
+
+def test_the_overview_shows_each_studys_dice_and_goes_without_where_it_has_no_table(tmp_path):
+    for name in ("cut", "whole", "speed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.html").write_text(name)
+    for name in ("cut", "whole"):
+        (tmp_path / name / "runs.csv").write_text("run,key\na,1\nb,2\n")
+    (tmp_path / "whole" / "provenance.json").write_text('{"title": "Whole", "asked": 3}')
+    (tmp_path / "speed" / "provenance.json").write_text('{"title": "Speed", "summary": "how fast"}')
+    (tmp_path / "whole" / "tables").mkdir()
+    rows = ["NA,1,last,decoder 1,79.50,10", "NA,1,published,decoder 1,80.10,10", "NA,1,last,mean of decoders,81.00,10"]
+    header = "Labelled,Method,Seeds,Selection,Output,Dice (%),Cases"
+    (tmp_path / "whole/tables/comparison.csv").write_text("\n".join([header, *(f"4,{row}" for row in rows)]))
+    write_overview(tmp_path)
+    html = (tmp_path / "index.html").read_text(encoding="utf-8")
+    places = [html.index(f'href="{name}/index.html"') for name in ("whole", "cut", "speed")]
+    assert places == sorted(places) and html.count("<table") == 1
+    assert "10 test cases; 2 of 3 runs" in html and "how fast" in html
+    assert all(f"<td>{text}</td>" in html for text in ("NA", "79.50", "80.10")) and "81.00" not in html

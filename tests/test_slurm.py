@@ -21,6 +21,7 @@ import yaml
 from mlrpl import slurm
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json
+from mlrpl.reproduce import reproduce
 from mlrpl.results import Results, collect
 from mlrpl.slurm import Resources, cancel, minutes, queue, submit
 from mlrpl.slurm_job import Command
@@ -97,9 +98,11 @@ def test_without_slurm_it_is_said_where_to_type_the_command(monkeypatch, tmp_pat
     assert queue() == {}
 
 
-def test_a_list_of_devices_is_refused_on_slurm(tmp_path):
+def test_a_list_of_devices_is_refused_on_slurm_before_anything_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(StudyError, match="name one device, or none"):
-        submit(SimpleNamespace(runs=tmp_path), [], Resources(), "cuda:0,cuda:1", False, False)
+        reproduce("smoke", device="cuda:0,cuda:1", slurm=Resources())
+    assert not list(tmp_path.iterdir())
 
 
 # With Slurm. The first two start no training.

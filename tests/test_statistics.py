@@ -122,7 +122,7 @@ def test_it_tells_where_seeds_contradict_a_small_p():
     assert "With one seed (all at 8 labelled)" in both and "another below: Fickle at 4 labelled." in both
 
 
-def test_a_method_with_fewer_seeds_is_compared_with_the_same_ones(tmp_path):
+def test_a_method_with_fewer_seeds_is_compared_with_the_same_ones():
     ours = np.linspace(0.7, 0.9, 9)
     metrics, runs = study({"MLRPL": ours, "Other": ours - 0.05})
     again = metrics[metrics["variant"] == metrics["variant"].iloc[0]].assign(seed=1)

@@ -9,6 +9,7 @@ import pytest
 
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST, OWN
+from mlrpl.files import read_rows
 from mlrpl.results import step_seconds
 from mlrpl.tables import (
     comparison,
@@ -153,6 +154,15 @@ def test_the_overview_has_a_row_a_method_and_the_papers_figures(metrics, runs):
     assert shown.loc["MLRPL", "8 labelled: best check"] == text.query("Selection == 'published'")["Dice (%)"].item()
     assert shown.loc["MLRPL", "8 labelled: paper"] == "89.86"
     assert not any("paper" in column for column in overview(formatted(comparison(metrics, runs))))
+
+
+def test_names_come_back_from_a_file_as_they_were(tmp_path):
+    names = pd.DataFrame({"case": ["001", "1e5", "NA"], "class": ["None", "2", "null"], "variant": ["a", "", "inf"]})
+    names.assign(dice=[0.5, np.nan, 1.0]).to_csv(tmp_path / "rows.csv", index=False)
+    rows = read_rows(tmp_path / "rows.csv")
+    pd.testing.assert_frame_equal(rows[["case", "class"]], names[["case", "class"]], check_dtype=False)
+    assert rows["variant"].fillna("").tolist() == ["a", "", "inf"]
+    assert rows["dice"].isna().tolist() == [False, True, False]
 
 
 def test_formatted_names_units_and_protocol(metrics, runs):

@@ -199,10 +199,10 @@ def _channels(root: Path, description: Mapping[str, Any]) -> int:
 
 def _numbered(images: Iterable[str], labels: Collection[str]) -> dict[str, tuple[str, int]]:
     """Case and channel of the images whose names end in _0000, _0001, …; of none if these numbers are the cases'."""
-    if any(name in labels for name in images):
-        return {}
     matches = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
-    return {name: (match[1], int(match[2])) for name, match in matches.items() if match}
+    numbered = {name: (match[1], int(match[2])) for name, match in matches.items() if match}
+    of_cases = any(name in labels for name in images) and not any(case in labels for case, _ in numbered.values())
+    return {} if of_cases else numbered
 
 
 def _description(root: Path) -> dict[str, Any]:

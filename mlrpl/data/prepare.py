@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -55,9 +56,9 @@ def prepare(
     """Make the case store of a dataset in `folder`, or open the one that is there and still right.
 
     A store is right when it was made with the same settings from the same listing (case order, file names, sizes),
-    classes and channels, and no file written since has other bytes; with `source` None (the user gave no DATA) the
-    settings alone decide. `folder` is never half-written: a
-    preparation that fails leaves whatever was there before, one that is killed goes on where it was.
+    classes and channels, and no file written since it was begun has other bytes; with `source` None (the user gave no
+    DATA) the settings alone decide. `folder` is never half-written: a preparation that fails leaves whatever was there
+    before, one that is killed goes on where it was.
 
     Args:
         dataset: what to prepare.
@@ -91,11 +92,10 @@ def prepare(
     reader = kind(options, root)
     if not any(entry.split == "train" for entry in reader.entries):
         raise StudyError(f"dataset {dataset.name}: no training case; a study needs training cases")
-    settings["listing"] = _listing(reader, root)
-    store = _existing(folder, settings, reader, root)
-    if store:
-        return store
+    settings |= {"listing": _listing(reader, root), "classes": list(reader.classes), "channels": reader.channels}
     try:
+        if store := _existing(folder, settings, reader, root):
+            return store
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(folder, ".lock")):
             return _existing(folder, settings, reader, root) or _build(
@@ -125,28 +125,33 @@ def _existing(folder: Path, settings: dict[str, Any], reader: Source, root: Path
         store = open_store(folder)
     except StudyError:
         return None
-    same = store.index["settings"] == settings
-    same = same and (store.classes, store.channels) == (tuple(reader.classes), reader.channels)
-    return store if same and (root is None or _unchanged(store, reader, root)) else None
+    same = store.index["settings"] == settings and (root is None or _unchanged(store, reader, root))
+    return store if same else None
 
 
 def _unchanged(store: Store, reader: Source, root: Path) -> bool:
-    """Whether files that were written after the store hold the bytes that it was made from."""
-    index = store.folder / "store.json"
+    """Whether files that were written after the store was begun hold the bytes that it was made from."""
+    begun, index = time.time_ns(), store.folder / "store.json"
     made = index.stat().st_mtime_ns
     recorded = {case["id"]: case["sources"] for case in store.index["cases"]}
+    recorded |= {case["case"]: case.get("sources") for case in store.index["rejected"]}
     newer = [
         entry
         for entry in reader.entries
         if any((root / name).exists() and changed_at(root / name) >= made for name in entry.files)
     ]
-    for entry in newer:
-        if recorded.get(entry.id) != [checksum(root / name) for name in entry.files]:
-            return False
+    if any(recorded.get(entry.id) != _sources(root, entry) for entry in newer):
+        return False
     if newer:
         with suppress(OSError):  # so that they need not be read again
-            os.utime(index)
+            os.utime(index, ns=(begun, begun))
     return True
+
+
+def _sources(root: Path, entry: Entry) -> list[str] | None:
+    """Checksums of a case's files, None where one is missing."""
+    paths = [root / name for name in entry.files]
+    return [checksum(path) for path in paths] if all(path.exists() for path in paths) else None
 
 
 def _listing(reader: Source, root: Path | None) -> str:
@@ -162,12 +167,12 @@ def _build(
     reader: Source, root: Path | None, settings: dict[str, Any], folder: Path, progress: Progress | None, workers: int
 ) -> Store:
     partial, previous = _beside(folder, ".partial"), _beside(folder, ".old")
-    state = settings | {"format": FORMAT}
-    if read_json(partial / "settings.json") != state:  # of another preparation that was killed
+    begun = time.time_ns()
+    if read_json(partial / "settings.json") != settings:  # of another preparation that was killed
         shutil.rmtree(partial, ignore_errors=True)
     remove_temporary(partial)
     try:
-        write_json(partial / "settings.json", state)
+        write_json(partial / "settings.json", settings)
         cases, rejected = _write_cases(reader, root, settings["step"], partial, progress, workers)
         scales = [case.pop("scale") for case in cases]
         trained = [scale for case, scale in zip(cases, scales, strict=True) if scale and case["split"] == "train"]
@@ -191,6 +196,7 @@ def _build(
         (partial / "settings.json").unlink()
         shutil.rmtree(partial / "records")
         (partial / "store.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        os.utime(partial / "store.json", ns=(begun, begun))  # what is written from here on is newer
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.replace(previous)
@@ -236,17 +242,16 @@ def _write_cases(
 
 def _write_case(reader: Source, root: Path | None, step: int, folder: Path, entry: Entry) -> dict[str, Any] | Rejected:
     """Prepare one case; its record is written last, and a record that is there of the same files is taken as it is."""
-    record = folder / "records" / f"{entry.id}.json"
+    record, sources = folder / "records" / f"{entry.id}.json", None
     try:
-        missing = [name for name in entry.files if not (root / name).exists()]
-        sources = [checksum(root / name) for name in entry.files] if not missing else None
+        sources = _sources(root, entry)
         finished = read_json(record)
         if finished and finished["sources"] == sources:
             return finished
         raw = reader.read(entry)
         check(raw, entry, reader.channels, len(reader.classes))
     except StudyError as error:
-        return Rejected(entry.id, str(error))
+        return Rejected(entry.id, str(error), sources)
     case = {**_save(_subsample(raw, step), entry, folder), "sources": sources, "scale": raw.scale}
     write_json(record, case)
     return case

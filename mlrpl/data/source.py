@@ -53,10 +53,11 @@ class Raw:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A case, or a file that makes none, that was left out, and why."""
+    """A case, or a file that makes none, that was left out, and why; of a case the checksums of its files."""
 
     case: str
     problem: str
+    sources: list[str] | None = None  # None where a file is missing
 
 
 class Source(Protocol):

@@ -22,7 +22,7 @@ import numpy as np
 from mlrpl.data.preparation import Preparation
 from mlrpl.errors import StudyError
 
-FORMAT = 3  # raise when what is written changes: older stores are then prepared again
+FORMAT = 2  # raise when what is written changes: older stores are then prepared again
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Store:
     @property
     def unseen_classes(self) -> int:
         """Classes beyond the highest value of any label: what `fingerprint` does not tell of their number."""
-        return len(self.classes) - 1 - max(case["highest"] for case in self.index["cases"])
+        seen = max(case.get("highest", len(self.classes) - 1) for case in self.index["cases"])  # older stores lack it
+        return len(self.classes) - 1 - seen
 
     def size(self, case_ids: list[str]) -> int:
         """Bytes of these cases in memory."""

@@ -126,9 +126,10 @@ def size(path: Path) -> int:
 
 
 def changed_at(path: Path) -> int:
-    """When a file, or the newest in a folder, was last written (ns)."""
+    """When a file, or the newest in a folder, was last written or put there (ns)."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return max((file.stat().st_mtime_ns for file in files), default=0)
+    found = [file.stat() for file in files]
+    return max((max(each.st_mtime_ns, each.st_ctime_ns) for each in found), default=0)
 
 
 def checksum(path: Path) -> str:
