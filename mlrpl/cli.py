@@ -16,6 +16,10 @@ import typer
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.words import counted
 
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Runs = Annotated[str, typer.Option(help="Folder of runs.")]
@@ -277,7 +281,7 @@ def main() -> None:
         print(f"mlrpl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in UNWRITABLE:
             raise
         where = Path(error.filename).name if error.filename else "output"
         print(f"mlrpl: {where}: cannot be written ({error.strerror}); make room or allow writing", file=sys.stderr)

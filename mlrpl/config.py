@@ -4,6 +4,7 @@ A study names a dataset, the settings that its runs share and a list of runs; `S
 training each. A run's key is a hash of all that its result depends on: two runs with one key are one run.
 """
 
+import difflib
 import hashlib
 import json
 import sys
@@ -21,7 +22,8 @@ from mlrpl.networks import STRIDE
 
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
 
-Side = Annotated[int, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
+Whole = Annotated[int, Field(strict=True)]  # 3.000 is no way to write three thousand
+Side = Annotated[Whole, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
 Sides = tuple[Side, Side, Side]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 SLUG = r"^[a-z0-9][a-z0-9._-]*$"
@@ -65,20 +67,20 @@ class Settings(Model):
     patch: Sides = (112, 112, 80)
     stride: Sides = (18, 18, 4)
     augmentation: tuple[Literal["rot90", "flip", "mirror"], ...] = ("rot90", "flip")
-    filters: Annotated[int, Field(gt=0, le=512)] = 16
+    filters: Annotated[Whole, Field(gt=0, le=512)] = 16
     normalisation: Literal["batch", "instance"] = "batch"
-    iterations: Annotated[int, Field(gt=0)] = 15_000
+    iterations: Annotated[Whole, Field(gt=0)] = 15_000
     batch: tuple[Side, Annotated[int, Field(ge=0, le=4096)]] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     lr_schedule: Literal["constant", "poly", "step"] = "constant"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     beta_max: Annotated[float, Field(ge=0)] = 1.0
-    ramp_iterations: Annotated[int, Field(gt=0)] = 6_000
-    check_from: Annotated[int, Field(gt=0)] = 800
-    check_every: Annotated[int, Field(gt=0)] = 200
+    ramp_iterations: Annotated[Whole, Field(gt=0)] = 6_000
+    check_from: Annotated[Whole, Field(gt=0)] = 800
+    check_every: Annotated[Whole, Field(gt=0)] = 200
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: Annotated[int, Field(gt=0, le=4096)] = 1
+    threads: Annotated[Whole, Field(gt=0, le=4096)] = 1
 
     @field_validator("patch")
     @classmethod
@@ -87,6 +89,13 @@ class Settings(Model):
         if any(side % STRIDE for side in patch):
             raise ValueError(f"every side of the patch must be divisible by {STRIDE}, not {patch}")
         return patch
+
+    @model_validator(mode="after")
+    def overlapping(self) -> "Settings":
+        """Windows may not leave gaps."""
+        if any(step > side for step, side in zip(self.stride, self.patch, strict=True)):
+            raise ValueError(f"no side of the stride may be longer than the patch's, {self.stride} and {self.patch}")
+        return self
 
     def is_check(self, iteration: int) -> bool:
         """Whether the published protocol measures Dice after this iteration."""
@@ -355,14 +364,31 @@ class Study(Model):
                     )
 
 
+KNOWN = list(Study.model_fields | Settings.model_fields | Entry.model_fields | Dataset.model_fields)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes no key twice: the first of them would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _validated(model: type[M], content: Any, where: str) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
         first, *others = error.errors()
         place = ".".join(str(part) for part in first["loc"]) or "settings"
+        said = first["msg"]
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), KNOWN, 1)
+            said = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
         more = f" (and {len(others)} more)" if others else ""
-        raise StudyError(f"{where}: {place}: {first['msg']}{more}") from None
+        raise StudyError(f"{where}: {place}: {said}{more}") from None
 
 
 def study_names() -> list[str]:
@@ -381,7 +407,7 @@ def _bounded_yaml(file: Any) -> Any:
             text = opened.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise StudyError(f"study file {file.name}: larger than {MOST_BYTES} bytes, so it is no study")
-        content = yaml.safe_load(text.decode("utf-8"))
+        content = yaml.load(text.decode("utf-8"), _Loader)
         _count(content)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: also odd dates and bytes
         reason = " ".join(str(error).split())[:300]

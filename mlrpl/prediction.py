@@ -17,7 +17,7 @@ from mlrpl.components import keep_largest
 from mlrpl.data import Store
 from mlrpl.data.grid import check_same_grid
 from mlrpl.data.preparation import Prepared
-from mlrpl.data.volumes import ENDINGS, ending, read_volume, write_nifti
+from mlrpl.data.volumes import ENDINGS, ending, read_volume, without_ending, write_nifti
 from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_slabs, window_starts
 from mlrpl.methods import Method
@@ -25,6 +25,7 @@ from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load, make_method
 
+DATA_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")  # nothing is to be written over there
 NOTICE = "For research, not for diagnosis."
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -65,7 +66,10 @@ def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
         raise StudyError(f"study {place.study.name} learned from every second voxel; predict with one of step: 1")
     jobs = _named(place, name)
     if waiting := [job.run.name for job in jobs if not job.finished("train")]:
-        raise StudyError(f"run {waiting[0]} is not trained yet; mlrpl train {study} does it")
+        raise StudyError(
+            f"run {waiting[0]} is not trained yet, or its data or settings have changed since; "
+            f"mlrpl train {study} does it"
+        )
     store = place.store
     methods = []
     for job in jobs:
@@ -85,6 +89,9 @@ def _named(place: Workplace, name: str) -> list[Job]:
     if not name:
         name = _group(place.jobs[0])
     jobs = [job for job in place.jobs if name in (job.run.name, _group(job))]
+    if not jobs:  # a variant's name will do where it has one run
+        jobs = [job for job in place.jobs if name == job.run.variant]
+        jobs = jobs if len({_group(job) for job in jobs}) == 1 else []
     if not jobs:
         known = ", ".join(dict.fromkeys(_group(job) for job in place.jobs))
         raise StudyError(f"study {place.study.name} has no run {name!r}: it has {known}")
@@ -105,23 +112,34 @@ def find_images(given: Iterable[Path], channels: int) -> list[Image]:
         if not path.exists():
             raise StudyError(f"{path}: not there; give images, or folders with images")
         inside = sorted(p for p in path.iterdir() if _is_volume(p)) if path.is_dir() else []
+        if path.is_dir() and not inside and (deeper := next(filter(_is_volume, path.rglob("*")), None)):
+            raise StudyError(f"{path}: its images lie deeper, as in {deeper.parent}; give that folder")
         if inside or not path.is_dir():
             files += inside or [path]
         else:
             images.append(Image(path.resolve().name, (path,)))
-    grouped: dict[str, list[Path]] = {}
-    for path in files:
-        name = path.name.removesuffix(ending(path.name))
-        numbered = re.fullmatch(r"(.+)_(\d{4})", name)
-        several = numbered and int(numbered[2]) < channels and (channels > 1 or numbered[2] == "0000")
-        grouped.setdefault(numbered[1] if several else name, []).append(path)
-    images += [Image(name, tuple(sorted(paths))) for name, paths in grouped.items()]
+    images += _by_channel(files, channels)
     names = [image.name for image in images]
     for image in images:
         if names.count(image.name) > 1 or len(image.files) > max(channels, 1):
             raise StudyError(f"{image.files[0].name}: two images would be named '{image.name}'; predict them apart")
     if not images:
         raise StudyError("no image is given")
+    return images
+
+
+def _by_channel(files: Sequence[Path], channels: int) -> list[Image]:
+    """Files of one folder that are numbered as all channels of one case, and no others, are one image."""
+    grouped: dict[tuple[Path, str], list[Path]] = {}
+    images = []
+    for path in files:
+        numbered = re.fullmatch(r"(.+)_\d{4}", without_ending(path.name))
+        grouped.setdefault((path.parent, numbered[1] if numbered else ""), []).append(path)
+    for (_, case), paths in grouped.items():
+        if case and [without_ending(path.name)[-4:] for path in sorted(paths)] == [f"{c:04d}" for c in range(channels)]:
+            images.append(Image(case, tuple(sorted(paths))))
+        else:
+            images += [Image(without_ending(path.name), (path,)) for path in paths]
     return images
 
 
@@ -145,7 +163,8 @@ def predict_image(
         ensemble: predicts.
         image: to be predicted.
         output: folder; made where it is missing.
-        probabilities: also <name>_probability_<class>.nii.gz of each foreground class.
+        probabilities: also <name>_probability_<class>.nii.gz of each foreground class (its number where two names
+            differ in signs alone).
         disagreement: also <name>_disagreement.nii.gz, how far the decoders are apart, 0 … 1.
         largest: of each class keep the largest connected component alone.
         watch: called with (done, of) windows.
@@ -177,7 +196,9 @@ def predict_image(
         keep_largest(files[image.name], len(classes))
     paths = [output / f"{image.name}.nii.gz"]
     write_nifti(paths[0], files[image.name], geometry)
-    wanted = {f"probability_{_slug(name)}": c for c, name in enumerate(classes) if c and probabilities}
+    slugs = [_slug(name) for name in classes]
+    alone = len(set(slugs)) == len(slugs)
+    wanted = {f"probability_{slugs[c] if alone else c}": c for c in range(1, len(classes)) if probabilities}
     wanted |= {"disagreement": len(classes)} if disagreement else {}
     for what, channel in wanted.items():
         paths.append(output / f"{image.name}_{what}.nii.gz")
@@ -268,10 +289,20 @@ def predict(
 
     Returns:
         The problem of each image that was not predicted.
+
+    Raises:
+        StudyError: where a prediction would take the place of an image or a label, and what `open_ensemble` and
+            `find_images` raise.
     """
     ensemble = open_ensemble(run, runs, device)
-    problems = {}
-    for image in find_images(given, ensemble.store.channels):
+    images, problems = find_images(given, ensemble.store.channels), {}
+    if output.resolve().name in DATA_FOLDERS:
+        raise StudyError(f"{output}: holds a data set; write predictions into a folder of their own")
+    for image in images:
+        target = output / f"{image.name}.nii.gz"
+        if any(target.resolve() == path.resolve() for other in images for path in other.files):
+            raise StudyError(f"{target}: is one of the images; write predictions into a folder of their own")
+    for image in images:
         try:
             predict_image(ensemble, image, output, watch=bar(image.name), **options)
         except StudyError as error:

@@ -21,6 +21,7 @@ VOXELS = {"cpu": 64 * 64 * 32, "cuda": 96**3}  # of a patch: what memory and pat
 FOLDS = 5
 VARYING = 0.05  # relative difference of spacings from which on images are resampled
 AIR = -500  # HU: no MRI has a first percentile below
+SIDES = ("left", "right", "links", "rechts", "linke", "rechte", "gauche", "droite", "l", "r", "lh", "rh")
 SAMPLE = 20_000  # labelled voxels a case and channel, for a CT's window
 
 
@@ -29,6 +30,7 @@ class Found:
     """What was seen of the images: axes are the patient's."""
 
     classes: tuple[str, ...]
+    counts: tuple[int, ...]  # labels that hold each class
     named: bool  # whether dataset.json names the classes
     images: int
     labelled: int
@@ -48,34 +50,46 @@ def look(root: Path, progress: Callable[[int, int], None] | None = None) -> Foun
     placeholder = None if named else ("background", "structure")
     reader = Decathlon(DecathlonOptions(test=0, lenient=True, classes=placeholder), root)
     count = len(reader.classes) if named else 256
-    spacings, sizes, inside, values = [], [], [], {0}
+    spacings, sizes, inside, problems = [], [], [], [each.problem for each in reader.rejected]
+    holders: dict[int, list[str]] = {0: []}  # of each value of the labels, the cases
     labelled = {"train": 0, "test": 0}
     for done, entry in enumerate(reader.entries, start=1):
         try:
             raw, geometry = _read(reader, entry, count)
-        except StudyError:
+        except StudyError as error:
+            problems.append(str(error))
             continue
         turned, place = to_patient_axes(raw.image, geometry)
         spacings.append(place["spacing"])
         sizes.append(turned.shape[1:])
         if raw.label is not None:
             labelled[entry.split] += 1
-            values |= set(np.unique(raw.label).astype(int).tolist())
+            for value in np.unique(raw.label).astype(int).tolist():
+                holders.setdefault(value, []).append(entry.id)
             if entry.split == "train" and raw.label.any():
                 inside.append(_sampled(raw.image, raw.label))
         if progress:
             progress(done, len(reader.entries))
     if not inside:
-        raise StudyError(f"{root}: no image with a usable label; put labels into labelsTr, named as their images")
-    if not named and values != set(range(len(values))):
+        why = f" ({problems[0]})" if problems else ""
+        raise StudyError(f"{root}: no image with a usable label{why}; put labels into labelsTr, named as their images")
+    if not named and (beyond := [value for value in sorted(holders) if value >= len(holders)]):
+        where = "; ".join(f"{value} in {', '.join(holders[value][:3])}" for value in beyond[:3])
         raise StudyError(
-            f"{root}: the labels hold the values {', '.join(map(str, sorted(values)))}; they must be 0 (background), "
-            "1, … without gaps, so renumber them, or name every class in dataset.json"
+            f"{root}: the labels hold the values {', '.join(map(str, sorted(holders)))} ({where}); they must be "
+            "0 (background), 1, … without gaps, so correct or renumber them"
         )
-    classes = reader.classes if named else ("background", *(f"class {value}" for value in range(1, len(values))))
-    windows = _windows(root, inside, reader.channels)
+    classes = reader.classes if named else ("background", *(f"class {value}" for value in range(1, len(holders))))
     return Found(
-        classes, named, len(spacings), labelled["train"], labelled["test"], np.array(spacings), np.array(sizes), windows
+        classes=classes,
+        counts=tuple(len(holders.get(value, [])) for value in range(len(classes))),
+        named=named,
+        images=len(spacings),
+        labelled=labelled["train"],
+        tests=labelled["test"],
+        spacings=np.array(spacings),
+        sizes=np.array(sizes),
+        windows=_windows(root, inside, reader.channels),
     )
 
 
@@ -127,6 +141,11 @@ def fitted_patch(size: Sequence[float], voxels: int) -> tuple[int, ...]:
     return tuple(patch)
 
 
+def have_sides(classes: Sequence[str]) -> bool:
+    """Whether a class is of the left or the right, by its name: mirrored, its label would be wrong."""
+    return any(word in SIDES for label in classes for word in re.split(r"[\W_]+", label.lower()))
+
+
 def propose(name: str, found: Found, device: str) -> str:
     """The study file's text; `device`: "cpu" or "cuda", what it will be trained on.
 
@@ -142,15 +161,18 @@ def propose(name: str, found: Found, device: str) -> str:
     sizes = found.sizes * found.spacings / spacing if spacing else found.sizes
     patch = fitted_patch(np.median(sizes, axis=0), VOXELS[device])
     short = device == "cpu"
-    sided = any(word in re.split(r"[\W_]+", label.lower()) for label in found.classes for word in ("left", "right"))
+    sided = have_sides(found.classes)
     channels = [window or "z-score" for window in found.windows]
     method = "mlrpl" if unlabelled else "vnet"
     title = {"mlrpl": "MLRPL", "vnet": "V-Net"}
+    seen = f"in {', '.join(map(str, found.counts[1:]))} of {found.labelled + found.tests} labels"
     lines = {
-        "classes": "" if found.named else f"    classes: {_yaml(found.classes)}  # your names, background first\n",
+        "classes": ""
+        if found.named
+        else f"    classes: {_yaml(found.classes)}  # your names, background first; {seen}\n",
         "test": "labelled imagesTs are the test cases" if found.tests else "cross-validation instead of test cases",
         "spacing": "the median, mm" if spacing else "all images are about alike: each keeps its voxels",
-        "mirror": "classes have a side" if sided else "left and right, at even odds",
+        "mirror": "classes have a side" if sided else "left and right, at even odds; [] if a class is of one side",
         "beta": "short runs need a low weight of the mutual loss" if short else "as published",
     }
     others = [m for m in ("vnet", "mlrpl") if m != method]

@@ -80,7 +80,8 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
 def _by_hand(job: Job) -> Standing:
     """Of a run that no `reproduce` has begun; `mlrpl train` and `mlrpl evaluate` may have."""
     if not job.finished("train"):
-        return Standing(job.run.name, "waiting")
+        begun = (job.folder / "checkpoint.pt").exists()
+        return Standing(job.run.name, "stopped", _progress(job)) if begun else Standing(job.run.name, "waiting")
     if not job.finished("evaluate"):
         return Standing(job.run.name, "trained", "not evaluated yet")
     return Standing(job.run.name, "finished", _took(job))

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +16,13 @@ from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
-from mlrpl.locks import locked
+from mlrpl.locks import holder, locked
 from mlrpl.prediction import NOTICE, predict
-from mlrpl.proposal import write_study
+from mlrpl.proposal import have_sides, write_study
 from mlrpl.results import Results, collect
 from mlrpl.study import Job, Workplace, chosen
 from mlrpl.training import find_device, name_device, progress_bar
+from mlrpl.words import counted
 
 
 def prepare_study(name: str, source: str | None, runs: str, hardware: str | None = None) -> Store:
@@ -45,13 +47,45 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
             path = write_study(name, Path(source), hardware or name_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
+    for folder in place.runs.glob("*-????????"):
+        if owner := holder(folder, "work."):
+            raise StudyError(
+                f"study {place.study.name}: process {owner.pid} on {owner.host} is at {folder.name}; "
+                "wait for it or stop it before the cases are prepared anew"
+            )
     store = _prepared(place)
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
     for each in store.index["rejected"]:
         print(f"  left out: {each['problem']}")
+    for advice in _advice(place):
+        print(f"  {advice}")
     return store
+
+
+def _advice(place: Workplace) -> Iterator[str]:
+    """What is worth a second look in a study's data and settings."""
+    study, store = place.study, place.store
+    empty = [case["id"] for case in store.index["cases"] if case["has_label"] and case.get("highest") == 0]
+    if empty:
+        yield f"{counted(len(empty), 'label')} without any class, remove what is not drawn yet: {', '.join(empty[:5])}"
+    augmented = {name for run in study.runs() for name in run.settings.augmentation}
+    if have_sides(store.classes) and augmented & {"mirror", "flip"}:
+        yield "a class is of the left or the right, but training mirrors images: set augmentation: []"
+    if study.folds:
+        labelled = sum(case["has_label"] for case in store.index["cases"])
+        there = labelled - ceil(labelled / study.folds)
+        if (most := max(run.labelled for run in study.runs())) < there:
+            yield f"each fold has {there} labelled cases to learn from and {most} are used: set labelled: {there}"
+    try:
+        now = {job.folder for job in place.jobs}
+    except StudyError as error:
+        yield f"before training: {error}"
+        return
+    stale = [path for path in place.runs.glob("*-????????/last.pt") if path.parent not in now]
+    if stale:
+        yield f"{counted(len(stale), 'trained run')} of other data or settings than now; mlrpl train makes new ones"
 
 
 def _prepared(place: Workplace) -> Store:

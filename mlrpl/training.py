@@ -221,7 +221,8 @@ def split_training(run: Run, store: Store, uses_unlabelled: bool) -> tuple[list[
     with_label = sum(case["has_label"] for case in store.index["cases"] if case["split"] == "train")
     if run.labelled > with_label:
         raise StudyError(
-            f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training"
+            f"run {run.name}: {run.labelled} labelled cases asked, but {store.name} has {with_label} for training; "
+            f"set labelled: {with_label} or less"
         )
     if not uses_unlabelled:
         return ids[: run.labelled], []

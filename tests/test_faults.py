@@ -106,7 +106,7 @@ def test_wrong_study_name(refused, tmp_path):
 
 def test_wrong_setting(refused, tmp_path):
     message = refused(write(tmp_path, settings={**SETTINGS, "iteration": 3}))
-    assert message == "study file small.yaml: settings.iteration: Extra inputs are not permitted"
+    assert message == "study file small.yaml: settings.iteration: there is no such setting, did you mean iterations?"
     assert left_behind(tmp_path) == []
 
 

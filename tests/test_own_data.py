@@ -15,7 +15,9 @@ from mlrpl import cli, reproduce, verify
 from mlrpl.comparison import case_views
 from mlrpl.config import Study, load_study
 from mlrpl.data import open_store
+from mlrpl.data.decathlon import Decathlon, DecathlonOptions
 from mlrpl.errors import StudyError
+from mlrpl.locks import locked
 from mlrpl.proposal import Found, fitted_patch, look, propose, target_spacing
 from mlrpl.results import Results
 from mlrpl.steps import prepare_study
@@ -158,6 +160,7 @@ def test_classes_and_modality_come_from_the_description_where_there_is_one(folde
 def seen(**changes):
     usual = {
         "classes": ("background", "organ"),
+        "counts": (10, 10),
         "named": True,
         "images": 30,
         "labelled": 10,
@@ -289,7 +292,7 @@ def test_numbers_at_the_end_of_a_case_are_no_channels(tmp_path, names):
 
 
 def test_label_values_with_gaps_are_refused_in_one_line(tmp_path):
-    with pytest.raises(StudyError, match=r"the values 0, 255; they must be 0 \(background\), 1, …") as error:
+    with pytest.raises(StudyError, match=r"the values 0, 255 \(255 in a, b\); they must be 0 \(background\)") as error:
         look(scans(tmp_path, ["a", "b"], values=(0, 255)))
     assert "\n" not in str(error.value)
 
@@ -396,3 +399,69 @@ def test_an_edited_description_is_followed(tmp_path, monkeypatch):
     description["labels"]["tumour"] = 2
     (root / "dataset.json").write_text(json.dumps(description))
     assert prepare_study("scans", str(root), "runs").classes == ("background", "organ", "tumour")
+
+
+def test_prepare_says_what_is_worth_a_second_look(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b", "c"])
+    assert command(monkeypatch, "prepare", "mine", "--source", root) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # nothing
+    shortened(tmp_path / "mine.yaml")
+    text = (tmp_path / "mine.yaml").read_text().replace("  - {variant: mlrpl", "  # - {variant: mlrpl")
+    (tmp_path / "mine.yaml").write_text(text)
+    assert command(monkeypatch, "train", "mine", "--only", "f0", "--device", "cpu") == 0
+    assert command(monkeypatch, "predict", "mine/vnet", root / "imagesTr", "--output", "out") == 2
+    assert "run vnet-2-s0-f1 is not trained yet" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text(text.replace('"class 1"', '"left lobe"'))
+    for number, name in enumerate("de", start=3):
+        channels, label = cuboid(number)
+        write(root / f"imagesTr/{name}.nii.gz", channels[0])
+        write(root / f"labelsTr/{name}.nii.gz", label * (name == "d"))
+    assert command(monkeypatch, "prepare", "mine", "--source", root) == 0
+    empty, sided, more, stale = capsys.readouterr().out.splitlines()[1:]
+    assert "1 label without any class" in empty and empty.endswith(": e")
+    assert "set augmentation: []" in sided
+    assert "each fold has 3 labelled cases to learn from and 2 are used: set labelled: 3" in more
+    assert "1 trained run of other data" in stale
+
+
+def test_cases_are_not_prepared_anew_under_a_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = scans(tmp_path / "scans", ["a", "b"])
+    prepare_study("mine", str(root), "runs")
+    busy = tmp_path / "runs/mine/vnet-1-s0-f0-01234567"
+    busy.mkdir(parents=True)
+    with locked(busy, "busy", "work."), pytest.raises(StudyError, match="is at vnet-1-s0-f0-01234567; wait for it"):
+        prepare_study("mine", str(root), "runs")
+
+
+def test_the_reason_why_no_label_is_usable_is_said(tmp_path):
+    root = scans(tmp_path, ["a", "b"])
+    for name in "ab":
+        write(root / f"labelsTr/{name}.nii.gz", cuboid(0)[1], origin=(0, 0, 9))
+    with pytest.raises(StudyError, match=r"no image with a usable label \(labelsTr/[ab].nii.gz: .*; put labels"):
+        look(root)
+
+
+def test_channels_in_the_fourth_axis_need_no_description(tmp_path):
+    for name in "ab":
+        channels, label = cuboid(ord(name))
+        both = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(np.ascontiguousarray(c.T)) for c in channels])
+        (tmp_path / "imagesTr").mkdir(exist_ok=True)
+        SimpleITK.WriteImage(both, str(tmp_path / f"imagesTr/{name}.nii.gz"))
+        (tmp_path / f"imagesTr/{name}.nii.gz").rename(tmp_path / f"imagesTr/{name}.NII.GZ")
+        write(tmp_path / f"labelsTr/{name}.nii.gz", label)
+    found = look(tmp_path)
+    assert (found.labelled, len(found.windows)) == (2, 2)
+
+
+def test_images_in_other_folders_are_pointed_at(tmp_path):
+    root = scans(tmp_path / "one/level", ["a", "b"])
+    with pytest.raises(StudyError, match=r"no NIfTI image in imagesTr \(there is level/imagesTr/a.nii.gz\)"):
+        look(root.parent)
+    (root / "imagesTr/more").mkdir()
+    write(root / "imagesTr/more/c.nii.gz", cuboid(0)[0][0])
+    with pytest.raises(StudyError, match="imagesTr/more: a folder"):
+        Decathlon(DecathlonOptions(test=0, classes=("background", "organ")), root)
+    with pytest.raises(StudyError, match="two classes have one name"):
+        Decathlon(DecathlonOptions(test=0, classes=("background", "organ", "organ"), lenient=True), root)

@@ -1,5 +1,6 @@
 """Predictions come back on the image's own grid, to the voxel, whatever the format, the axes and the spacing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import SimpleITK
 import torch
 from test_raw import OBLIQUE, write, write_series
 
+from mlrpl import prediction
 from mlrpl.components import keep_largest
 from mlrpl.config import Settings
 from mlrpl.data.grid import from_patient_axes, to_patient_axes
@@ -15,7 +17,7 @@ from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.prediction import Ensemble, Image, find_images, predict_image
+from mlrpl.prediction import Ensemble, Image, find_images, predict, predict_image
 
 CPU = torch.device("cpu")
 FLIPPED = np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]])  # axes permuted and flipped
@@ -260,3 +262,59 @@ def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
         with pytest.raises(StudyError, match=match):
             predict_image(ensemble(Preparation(), 1.0), image, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("files", "channels", "names"), [
+    (["p_0000", "p_0001"], 2, {"p": 2}),
+    (["p_0000", "p_0001", "p_0002"], 2, {"p_0000": 1, "p_0001": 1, "p_0002": 1}),  # cases of four axes
+    (["a/p_0000", "b/p_0001"], 2, {"p_0000": 1, "p_0001": 1}),  # of two patients
+    (["p_0001"], 2, {"p_0001": 1}),
+    (["p_0000"], 1, {"p": 1}),
+    (["p_0000", "p_0001"], 1, {"p_0000": 1, "p_0001": 1}),
+])  # fmt: skip
+def test_files_are_channels_only_where_all_are_there_and_no_other(tmp_path, files, channels, names):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    found = find_images([tmp_path / f"{name}.nii.gz" for name in files], channels)
+    assert {image.name: len(image.files) for image in found} == names
+
+
+def test_neither_images_nor_labels_are_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "open_ensemble", lambda *_: ensemble(Preparation(), 50))
+    values, _ = shape((30, 30, 30), (1, 1, 1))
+    write(tmp_path / "scans/p.nii.gz", values.astype(np.float32))
+    before = (tmp_path / "scans/p.nii.gz").read_bytes()
+    for output in ("scans", "labelsTr"):
+        with pytest.raises(StudyError, match="into a folder of their own"):
+            predict("x", [tmp_path / "scans"], tmp_path / output, runs="", device=CPU, bar=lambda _: None)
+    assert (tmp_path / "scans/p.nii.gz").read_bytes() == before
+    with pytest.raises(StudyError, match=r"its images lie deeper, as in .*scans; give that folder"):
+        find_images([tmp_path], 1)
+
+
+def test_a_label_map_that_is_not_whole_takes_no_files_place(tmp_path, monkeypatch):
+    values, _ = shape((30, 30, 30), (1, 1, 1))
+    write(tmp_path / "p.nii.gz", values.astype(np.float32))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/p.nii.gz").write_bytes(b"before")
+    save = SimpleITK.WriteImage
+
+    def cut(image, path, **how):  # as on a full disk, where ITK says nothing
+        save(image, path, **how)
+        Path(path).write_bytes(Path(path).read_bytes()[:-20])
+
+    monkeypatch.setattr(SimpleITK, "WriteImage", cut)
+    with pytest.raises(StudyError, match="could not be written to its end"):
+        predict_image(ensemble(Preparation(), 50), Image("p", (tmp_path / "p.nii.gz",)), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["p.nii.gz"]
+    assert (tmp_path / "out/p.nii.gz").read_bytes() == b"before"
+
+
+def test_classes_whose_names_differ_in_signs_alone_have_a_map_each(tmp_path):
+    values, _ = shape((30, 30, 30), (1, 1, 1))
+    write(tmp_path / "p.nii.gz", values.astype(np.float32))
+    signs = ensemble(Preparation(), 50)
+    signs.store.classes = ("Tumor +", "Tumor -")
+    written = predict_image(signs, Image("p", (tmp_path / "p.nii.gz",)), tmp_path / "out", probabilities=True)
+    assert [path.name for path in written] == ["p.nii.gz", "p_probability_1.nii.gz"]

@@ -53,7 +53,7 @@ def check_nifti(path: Path, name: str) -> int:
     if not (bits > 0 and math.isfinite(offset) and 0 <= offset < TRAILING):
         raise StudyError(f"{name}: cannot be read as NIfTI, its header makes no sense; copy it again")
     needed = int(offset) + math.prod(sides) * bits // 8
-    held = path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1)
+    held = path.stat().st_size * (DEFLATE if path.suffix.lower() == ".gz" else 1)
     if held < needed:
         raise StudyError(f"{name}: cannot be read as NIfTI, it may be cut short; copy it again")
     return needed
@@ -102,7 +102,7 @@ def read_bounded(path: Path, limit: int, cut: bool = False) -> bytes:
         StudyError: where it holds more.
         OSError, EOFError, zlib.error: where it cannot be read.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         data = file.read(limit if cut else limit + 1)
     if len(data) > limit:
         raise StudyError(f"{path.name}: holds more than its header says, so it was not read; replace the file")

@@ -23,7 +23,7 @@ from pydantic import Field
 from mlrpl.data.grid import Geometry, check_same_grid
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Options, Raw, Rejected
-from mlrpl.data.volumes import ending, nifti_files, read_nifti
+from mlrpl.data.volumes import NIFTI, channels_of, ending, nifti_files, read_nifti, without_ending
 from mlrpl.errors import StudyError
 
 
@@ -62,13 +62,20 @@ class Decathlon:
         self.rejected: list[Rejected] = []
         description = {} if options.classes and not (root / "dataset.json").exists() else _description(root)
         self.classes = options.classes or _classes(description)
+        if len(set(self.classes)) < len(self.classes):
+            raise StudyError(f"two classes have one name: {', '.join(self.classes)}; give each its own")
         self.channels = _channels(root, description)
         self.licence = str(description.get("licence") or description.get("license") or "licence not stated")
         self.citation = str(description.get("reference") or description.get("name") or "reference not stated")
         self._check_list(description)
         training, testing = (self._cases(part) for part in ("Tr", "Ts"))
         if not training:
-            raise StudyError(f"{root}: no NIfTI image in imagesTr; give the folder that holds imagesTr")
+            deeper = next((path for path in sorted(root.rglob("*")) if ending(path.name) in NIFTI), None)
+            where = f" (there is {deeper.relative_to(root)})" if deeper else ""
+            raise StudyError(f"{root}: no NIfTI image in imagesTr{where}; give the folder that holds imagesTr")
+        for folder in sorted(path for path in (root / "imagesTr").iterdir() if path.is_dir()):
+            if nifti_files(folder):
+                self._reject(folder.name, f"imagesTr/{folder.name}: a folder; put its images into imagesTr itself")
         for case in sorted(training.keys() & testing.keys()):
             self._reject(case, f"imagesTs: case '{case}' is in imagesTr too; remove one of them")
             del testing[case]
@@ -137,10 +144,10 @@ class Decathlon:
             for name in case.values() if isinstance(case, dict) else ():
                 path = self.root / str(name)
                 # nnU-Net's older form lists <case>.nii.gz where the files have a channel number
-                numbered = path.with_name(f"{path.name.removesuffix(ending(path.name))}_0000{ending(path.name)}")
+                numbered = path.with_name(f"{without_ending(path.name)}_0000{ending(path.name)}")
                 if not path.is_file() and not numbered.is_file():
                     self._reject(
-                        path.name.removesuffix(ending(path.name)),
+                        without_ending(path.name),
                         f"dataset.json lists {name}, which is not there; complete the dataset or the list",
                     )
 
@@ -189,12 +196,14 @@ def read_channels(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, Geome
 
 
 def _channels(root: Path, description: Mapping[str, Any]) -> int:
-    """As dataset.json says; without one, from the numbers in the file names, else 1."""
+    """As dataset.json says; without one, from the numbers in the file names, else as the first file has."""
     if description:
         return len(_mapping(description, "channel_names", "modality"))
     images = nifti_files(root / "imagesTr")
     numbered = _numbered(images, nifti_files(root / "labelsTr"))
-    return 1 + max(channel for _, channel in numbered.values()) if images and len(numbered) == len(images) else 1
+    if images and len(numbered) == len(images):
+        return 1 + max(channel for _, channel in numbered.values())
+    return channels_of(root / "imagesTr" / next(iter(images.values()))) if images else 1
 
 
 def _numbered(images: Iterable[str], labels: Collection[str]) -> dict[str, tuple[str, int]]:

@@ -149,9 +149,11 @@ def _unchanged(store: Store, reader: Source, root: Path) -> bool:
 
 
 def _sources(root: Path, entry: Entry) -> list[str] | None:
-    """Checksums of a case's files, None where one is missing."""
-    paths = [root / name for name in entry.files]
-    return [checksum(path) for path in paths] if all(path.exists() for path in paths) else None
+    """Checksums of a case's files, None where one is missing or may not be read."""
+    try:
+        return [checksum(root / name) for name in entry.files]
+    except (FileNotFoundError, PermissionError):
+        return None
 
 
 def _listing(reader: Source, root: Path | None) -> str:
@@ -276,7 +278,7 @@ def check(raw: Raw, entry: Entry, channels: int, classes: int) -> None:
     if not np.isin(label, np.arange(classes)).all():
         unknown = np.setdiff1d(label, np.arange(classes))
         raise StudyError(
-            f"{name}: the label has the value {unknown[0]:g}, but the classes are 0 … {classes - 1}; "
+            f"{name}: the label has the value {unknown[0]:.9g}, but the classes are 0 … {classes - 1}; "
             "correct the label or the dataset's list of classes"
         )
 

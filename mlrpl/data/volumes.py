@@ -1,5 +1,6 @@
 """Volumes as files: NIfTI, NRRD and folders of DICOM slices; axes x, y, z as in the file, with their geometry."""
 
+import gzip
 import hashlib
 import math
 import zlib
@@ -52,6 +53,8 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
         volume = SimpleITK.ReadImage(str(root / name))
         stored = _stored_voxels(root / name, volume, size)
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, PermissionError):
+            raise StudyError(f"{name}: may not be read; allow reading it") from None
         if "orthonormal" in str(error):
             raise StudyError(f"{name}: its axes are not at right angles; resample it, or correct its sform") from None
         raise StudyError(f"{name}: cannot be read as NIfTI, it may be cut short; copy it again") from None
@@ -88,16 +91,45 @@ def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> tuple[np.ndarra
 
 
 def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write a volume (x, y, z), compressed, atomically."""
+    """Write a volume (x, y, z), compressed, atomically; StudyError where it cannot be written, or not to its end."""
     import SimpleITK
 
     with atomic(path) as partial:
         working = partial.with_name(f"{partial.name}.nii.gz")  # ITK goes by the ending
         try:
             SimpleITK.WriteImage(to_itk(array, geometry), str(working), useCompression=True)
+            if not _is_whole(working):  # of a disk that is full ITK says nothing
+                raise StudyError(f"{path}: could not be written to its end; is the disk full?")
             working.replace(partial)
+        except RuntimeError:
+            raise StudyError(f"{path}: cannot be written; give a folder that you may write into") from None
         finally:
             working.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a compressed NIfTI file holds all that its header says."""
+    try:
+        left = check_nifti(path, path.name)
+        with gzip.open(path) as file:
+            while piece := file.read(1 << 22):
+                left -= len(piece)
+    except (StudyError, OSError, EOFError, zlib.error):
+        return False
+    return left <= 0
+
+
+def channels_of(path: Path) -> int:
+    """Channels of a NIfTI file by its header: its fourth side, or the numbers of a voxel; 1 where it cannot be read."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return 1
+    return (*reader.GetSize(), 1)[3] * reader.GetNumberOfComponents()
 
 
 def nifti_files(folder: Path) -> dict[str, str]:
@@ -105,8 +137,8 @@ def nifti_files(folder: Path) -> dict[str, str]:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files: dict[str, str] = {}
     for name in names:
-        if not name.startswith(".") and name.endswith(NIFTI):
-            case = name.removesuffix(ending(name))
+        if not name.startswith(".") and ending(name) in NIFTI:
+            case = without_ending(name)
             if case in files:
                 raise StudyError(f"{folder.name}: both {files[case]} and {name}; remove one of them")
             files[case] = name
@@ -116,6 +148,11 @@ def nifti_files(folder: Path) -> dict[str, str]:
 def ending(name: str) -> str:
     """The ending of a volume's file name, empty where it has none that is known."""
     return next((known for known in ENDINGS if name.lower().endswith(known)), "")
+
+
+def without_ending(name: str) -> str:
+    """A volume's file name without its ending, however that is written."""
+    return name[: len(name) - len(ending(name))]
 
 
 def size(path: Path) -> int:
