@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlrpl.components import keep_largest
 from mlrpl.data import Store
-from mlrpl.data.grid import check_same_grid
+from mlrpl.data.grid import check_same_grid, other_voxels
 from mlrpl.data.preparation import Prepared
 from mlrpl.data.volumes import ENDINGS, ending, read_volume, without_ending, write_nifti
 from mlrpl.errors import StudyError
@@ -38,6 +38,14 @@ class Ensemble:
     methods: tuple[tuple[Method, Precision], ...]
     store: Store
     device: torch.device
+
+    def unlike(self, image: Prepared) -> str:
+        """What of an image's voxels is unlike those that the network learned from; empty where nothing is."""
+        usual, spacing = self.store.usual_spacing, np.array(image.geometry["spacing"])
+        if usual is None or not other_voxels(spacing, usual):
+            return ""
+        mine, theirs = (" × ".join(f"{side:.3g}" for side in sides) for sides in (spacing, usual))
+        return f"voxels of {mine} mm, but the network learned from {theirs} mm: do not rely on this prediction"
 
     @property
     def output(self) -> str:
@@ -156,6 +164,7 @@ def predict_image(
     disagreement: bool = False,
     largest: bool = False,
     watch: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write an image's label map on its own grid: <output>/<name>.nii.gz, and what else is asked for.
 
@@ -168,6 +177,7 @@ def predict_image(
         disagreement: also <name>_disagreement.nii.gz, how far the decoders are apart, 0 … 1.
         largest: of each class keep the largest connected component alone.
         watch: called with (done, of) windows.
+        note: called with what speaks against the prediction.
 
     Returns:
         The files, the label map first.
@@ -181,6 +191,8 @@ def predict_image(
         raise StudyError(f"{ensemble.name} has one decoder: there is no disagreement; leave --disagreement out")
     classes = ensemble.store.classes
     prepared = _prepare(ensemble, image)
+    if note and (said := ensemble.unlike(prepared)):
+        note(f"{image.name}: {said}")
     outputs = (ensemble.output, *(["disagreement"] if disagreement else []))
     labels = np.empty(prepared.image.shape[1:], np.uint8)
     keep = probabilities or disagreement or prepared.resampled
@@ -274,6 +286,7 @@ def predict(
     runs: str,
     device: torch.device,
     bar: Callable[[str], Progress],
+    note: Callable[[str], None] | None = None,
     **options: bool,
 ) -> dict[str, str]:
     """Predict all images; one that cannot be is named and the others go on.
@@ -285,6 +298,7 @@ def predict(
         runs: folder of runs.
         device: where to predict.
         bar: makes a progress callback for an image's name.
+        note: see `predict_image`.
         options: of `predict_image`.
 
     Returns:
@@ -304,7 +318,7 @@ def predict(
             raise StudyError(f"{target}: is one of the images; write predictions into a folder of their own")
     for image in images:
         try:
-            predict_image(ensemble, image, output, watch=bar(image.name), **options)
+            predict_image(ensemble, image, output, watch=bar(image.name), note=note, **options)
         except StudyError as error:
             problems[image.name] = str(error)
     return problems

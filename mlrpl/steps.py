@@ -14,6 +14,7 @@ from mlrpl import cost, tables
 from mlrpl.comparison import headline
 from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
+from mlrpl.data.grid import other_voxels
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
 from mlrpl.locks import holder, locked
@@ -70,6 +71,10 @@ def _advice(place: Workplace) -> Iterator[str]:
     empty = [case["id"] for case in store.index["cases"] if case["has_label"] and case.get("highest") == 0]
     if empty:
         yield f"{counted(len(empty), 'label')} without any class, remove what is not drawn yet: {', '.join(empty[:5])}"
+    usual = store.usual_spacing
+    if usual is not None and (others := [c["id"] for c in store.index["cases"] if other_voxels(c["spacing"], usual)]):
+        found = " × ".join(f"{side:.3g}" for side in usual)
+        yield f"voxels are {found} mm in most cases, not in {', '.join(others[:5])}: set spacing: of the preparation"
     augmented = {name for run in study.runs() for name in run.settings.augmentation}
     if have_sides(store.classes) and augmented & {"mirror", "flip"}:
         yield "a class is of the left or the right, but training mirrors images: set augmentation: []"
@@ -153,7 +158,7 @@ def predict_images(
     run: str, images: list[str], output: str, device: str | None, runs: str, **options: bool
 ) -> dict[str, str]:
     """Predict images with a trained run; returns the problem of each image that was not predicted."""
-    bars = []
+    bars, notes = [], []
 
     def bar(name: str) -> Callable[[int, int], None]:
         for finished in bars:
@@ -163,11 +168,20 @@ def predict_images(
 
     try:
         problems = predict(
-            run, [Path(i) for i in images], Path(output), runs=runs, device=find_device(device), bar=bar, **options
+            run,
+            [Path(i) for i in images],
+            Path(output),
+            runs=runs,
+            device=find_device(device),
+            bar=bar,
+            note=notes.append,
+            **options,
         )
     finally:
         for each in bars:
             each.close()
+    for note in notes:
+        print(note, file=sys.stderr)
     for name, problem in problems.items():
         print(f"{name}: {problem}", file=sys.stderr)
     print(f"{len(bars) - len(problems)} of {len(bars)} images predicted, in {output}. {NOTICE}")

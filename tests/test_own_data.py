@@ -417,9 +417,11 @@ def test_prepare_says_what_is_worth_a_second_look(tmp_path, monkeypatch, capsys)
         channels, label = cuboid(number)
         write(root / f"imagesTr/{name}.nii.gz", channels[0])
         write(root / f"labelsTr/{name}.nii.gz", label * (name == "d"))
+    write(root / "imagesTr/f.nii.gz", channels[0], (1, 1, 3))
     assert command(monkeypatch, "prepare", "mine", "--source", root) == 0
-    empty, sided, more, stale = capsys.readouterr().out.splitlines()[1:]
+    empty, thick, sided, more, stale = capsys.readouterr().out.splitlines()[1:]
     assert "1 label without any class" in empty and empty.endswith(": e")
+    assert "voxels are 1 × 1 × 1 mm in most cases, not in f" in thick
     assert "set augmentation: []" in sided
     assert "each fold has 3 labelled cases to learn from and 2 are used: set labelled: 3" in more
     assert "1 trained run of other data" in stale

@@ -318,3 +318,15 @@ def test_classes_whose_names_differ_in_signs_alone_have_a_map_each(tmp_path):
     signs.store.classes = ("Tumor +", "Tumor -")
     written = predict_image(signs, Image("p", (tmp_path / "p.nii.gz",)), tmp_path / "out", probabilities=True)
     assert [path.name for path in written] == ["p.nii.gz", "p_probability_1.nii.gz"]
+
+
+def test_voxels_unlike_those_that_were_learnt_from_are_noted(tmp_path):
+    values, _ = shape((30, 30, 30), (1, 1, 1))
+    taught, notes = ensemble(Preparation(), 50), []
+    taught.store.usual_spacing = np.array([1, 1, 1.2])
+    for name, thick in (("like", 1.3), ("unlike", 3)):
+        write(tmp_path / f"{name}.nii.gz", values.astype(np.float32), (1, 1, thick))
+        predict_image(taught, Image(name, (tmp_path / f"{name}.nii.gz",)), tmp_path / "out", note=notes.append)
+    assert len(notes) == 1 and notes[0].startswith(
+        "unlike: voxels of 1 × 1 × 3 mm, but the network learned from 1 × 1 × 1.2 mm"
+    )

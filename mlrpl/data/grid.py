@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import SimpleITK
 
 Geometry = dict[str, list[float]]
+UNUSUAL = 1.25  # sides of voxels
 
 
 def difference(geometry: Mapping[str, list[float]], expected: Mapping[str, list[float]]) -> str | None:
@@ -130,3 +131,8 @@ def _geometry(spacing: Sequence[float], origin: np.ndarray, direction: np.ndarra
 
 def _short(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+
+
+def other_voxels(spacing: Sequence[float] | np.ndarray, usual: Sequence[float] | np.ndarray) -> bool:
+    """Whether a side of a voxel (mm) is a quarter longer or shorter than usual: a network sees such shapes anew."""
+    return bool(np.abs(np.log(np.asarray(spacing) / np.asarray(usual))).max() > np.log(UNUSUAL))

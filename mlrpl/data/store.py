@@ -81,6 +81,13 @@ class Store:
         seen = max(case.get("highest", len(self.classes) - 1) for case in self.index["cases"])  # older stores lack it
         return len(self.classes) - 1 - seen
 
+    @property
+    def usual_spacing(self) -> np.ndarray | None:
+        """Median of the cases' (mm) where each kept its own; None where all were resampled to one, or none is known."""
+        if self.preparation.spacing or not self.real_spacing:
+            return None
+        return np.median([case["spacing"] for case in self.index["cases"]], axis=0)
+
     def size(self, case_ids: list[str]) -> int:
         """Bytes of these cases in memory."""
         return sum(entry["bytes"] for case in case_ids for entry in self._cases[case]["arrays"].values())
