@@ -90,13 +90,6 @@ class Settings(Model):
             raise ValueError(f"every side of the patch must be divisible by {STRIDE}, not {patch}")
         return patch
 
-    @model_validator(mode="after")
-    def overlapping(self) -> "Settings":
-        """Windows may not leave gaps."""
-        if any(step > side for step, side in zip(self.stride, self.patch, strict=True)):
-            raise ValueError(f"no side of the stride may be longer than the patch's, {self.stride} and {self.patch}")
-        return self
-
     def is_check(self, iteration: int) -> bool:
         """Whether the published protocol measures Dice after this iteration."""
         return iteration >= self.check_from and iteration % self.check_every == 0
@@ -347,6 +340,11 @@ class Study(Model):
                 settings = _validated(
                     Settings, {**self.settings.model_dump(), **entry.settings}, f"study {self.name}, {entry.variant}"
                 )
+                if any(step > side for step, side in zip(settings.stride, settings.patch, strict=True)):
+                    raise StudyError(
+                        f"study {self.name}, {entry.variant}: windows of {settings.patch} voxels at a stride of "
+                        f"{settings.stride} leave gaps; no side of the stride may be longer than the patch's"
+                    )
                 folds = range(self.folds) if self.folds else (None,)
                 for labelled, fold in product(entry.labelled, folds):
                     yield Run(

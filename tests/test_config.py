@@ -118,7 +118,7 @@ RUNS = STUDY["runs"]
     ({"runs": [{**RUNS[0], "setting": {}}]}, "runs.0.setting: there is no such setting, did you mean settings?"),
     ({"runs": [{**RUNS[0], "settings": {"beta": 1}}]}, "mlrpl: beta: there is no such setting, did you mean beta_max?"),
     ({"settings": {"iterations": 3.0}}, "settings.iterations: Input should be a valid integer"),
-    ({"settings": {"patch": [16, 16, 16], "stride": [8, 8, 32]}}, "no side of the stride may be longer than the patch"),
+    ({"settings": {"patch": [16, 16, 16], "stride": [8, 8, 32]}}, "at a stride of (8, 8, 32) leave gaps"),
     ({"runs": [{**RUNS[0], "settings": {"patch": [20, 32, 16]}}]}, "small, mlrpl: patch: Value error, every side"),
     ({"paper": [{"title": "MLRPL", "labelled": 8}]}, "paper.0.dice: Field required"),
 ], ids=lambda value: None if isinstance(value, dict) else value.split(":")[0])  # fmt: skip
