@@ -156,7 +156,8 @@ def test_a_case_that_is_wrong_is_named_before_anything_is_trained(refused, tmp_p
 
 def test_more_labelled_cases_than_exist(refused, tmp_path):
     study = write(tmp_path, runs=[VNET, {**VNET, "variant": "more", "labelled": 4}])
-    assert refused(study) == "run more-4-s0: 4 labelled cases asked, but drawn has 3 for training"
+    asked = "run more-4-s0: 4 labelled cases asked, but drawn has 3 for training; set labelled: 3 or less"
+    assert refused(study) == asked
     method = {**VNET, "method": "mlrpl", "labelled": 3}
     assert "all 3 training cases are labelled" in refused(write(tmp_path, runs=[method]))
     assert [name for name in left_behind(tmp_path) if not name.startswith("runs/stores/")] == []

@@ -508,8 +508,10 @@ def test_adopted_rows_are_taken_as_finished_and_marked(tiny, tmp_path):
 def test_only_rows_of_the_same_key_are_adopted(place):
     committed = Results.load(Path("results/tiny"))
     shutil.rmtree("runs/tiny")
-    keys = frozenset(committed.keys())
+    classes = Workplace("tiny.yaml").store.classes
+    keys = frozenset(committed.keys(classes))
     assert place(adopted=keys) == []
+    assert committed.keys((classes[0], "another name")) == set()
     vnet, mlrpl = TINY["runs"]
     assert place(adopted=keys, runs=[vnet, {**mlrpl, "settings": {"beta_max": 0}}]) == ["mlrpl-1-s0"]
     found = collect(Workplace("tiny.yaml").jobs, committed)
