@@ -40,7 +40,13 @@ def test_nothing_run_yet_is_said(place):
 
 
 def test_runs_trained_and_evaluated_one_step_at_a_time_are_told_too(place):
-    name = place.jobs[0].run.name
+    name, folder = place.jobs[0].run.name, place.jobs[0].folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    write_json(folder / "progress.json", {"iteration": 1, "seconds_left": 90})
+    first, *_ = standings(place)
+    assert (first.state, first.detail) == ("stopped", "iteration 1 of 2, 2 min left")
+    (folder / "checkpoint.pt").unlink()
     place.train(name, "cpu")
     first, *_ = standings(place)
     assert (first.state, first.detail) == ("trained", "not evaluated yet")
