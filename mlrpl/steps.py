@@ -76,7 +76,7 @@ def _advice(place: Workplace) -> Iterator[str]:
         found = " × ".join(f"{side:.3g}" for side in usual)
         yield f"voxels are {found} mm in most cases, not in {', '.join(others[:5])}: set spacing: of the preparation"
     augmented = {name for run in study.runs() for name in run.settings.augmentation}
-    if have_sides(store.classes) and augmented & {"mirror", "flip"}:
+    if have_sides(store.classes) and "mirror" in augmented:  # flips are the published studies'
         yield "a class is of the left or the right, but training mirrors images: set augmentation: []"
     if study.folds:
         labelled = sum(case["has_label"] for case in store.index["cases"])
