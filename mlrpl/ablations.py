@@ -35,12 +35,17 @@ class Shown:
     said: str
 
 
-def shown(place: Workplace) -> Shown:
-    """The study's own ablations as far as they are finished, or the committed ones of the study that it names."""
+def shown(place: Workplace, own: Results | None = None) -> Shown:
+    """The study's own ablations as far as they are finished, or the committed ones of the study that it names.
+
+    Args:
+        place: the study.
+        own: its results; left out, those in its results folder.
+    """
     study = place.study
     other = study.ablations_of
     if study.ablations or not other:
-        found, ablations = Results.load(place.results), study.ablations
+        found, ablations = own or Results.load(place.results), study.ablations
         said = "This study has no ablations." if not ablations else ""
         none = "Of this study's ablations no more than the reference run is finished yet."
     else:
@@ -107,9 +112,9 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
             ablation.axis: [
                 f"{v} (reference)" if r else v for v, r in zip(rows["variant"], rows["reference"], strict=True)
             ],
-            "Dice (%) [95 %]": [with_interval(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
+            "Dice (%) [95 % over cases]": [with_interval(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
             "sd over seeds": rows["sd"].map(two_decimals),
-            "Difference, seed by seed [95 %]": [
+            "Difference, seed by seed [95 % over cases]": [
                 with_interval(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
             "Seeds above": seeds_above(rows),
@@ -160,7 +165,7 @@ def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
     """Our Dice with its interval over cases, and beside it the paper's where it is known."""
     groups = list(rows.groupby("labelled"))
     numbers = rows["paper"].map(_paper_number)
-    panels = 2 if numbers.notna().any() else 1
+    panels = 2 if numbers.notna().any() and (rows["paper"] != "").sum() > 1 else 1  # one figure alone compares nothing
     size = (WIDTH if panels == 2 else 0.7 * WIDTH, 0.75 + 0.2 * len(groups) + 0.26 * len(rows))
     canvas = NotebookFigure(figsize=size, layout="constrained")
     heights = [len(group) for _, group in groups]
@@ -210,6 +215,7 @@ def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
             label="mean, 95 % interval over cases",
         ),
         Line2D([], [], color=OURS, linestyle="", marker="o", markersize=6, label="reference"),
+        Line2D([], [], color="0.6", linewidth=0.8, linestyle=(0, (4, 2)), label="its mean"),
     ]
     add_legend(canvas, [*handles, *seed_handles(rows["dice_of_seeds"])])
     return canvas

@@ -20,7 +20,6 @@ from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save
 from mlrpl.errors import StudyError
 from mlrpl.results import Results
 from mlrpl.tables import seed_names
-from mlrpl.words import counted
 
 GROUP = ["scope", "class", "distance", "score"]
 SCOPE_NAMES = {"all": "all voxels", "disagree": "decoders disagree", "kept": "kept by WR"}
@@ -62,7 +61,7 @@ def together(table: Callable[[Results], pd.DataFrame], subjects: Mapping[str, Re
     tables = [table(found) for found in subjects.values()]
     if len(tables) > 1:
         for made, found in zip(tables, subjects.values(), strict=True):
-            made.insert(0, "Audited", described(found))
+            made.insert(0, "Audited", _named(found))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -78,8 +77,12 @@ def drawn(
 
 def described(found: Results) -> str:
     """Which runs these are, in words."""
+    return f"{_named(found)}, {seed_names(found.runs['seed'].unique())}"
+
+
+def _named(found: Results) -> str:
     run = found.runs.iloc[0]
-    return f"{run['title']}, {counted(run['labelled'], 'labelled case')}, {seed_names(found.runs['seed'].unique())}"
+    return f"{run['title']}, {run['labelled']} labelled"
 
 
 def later_half(found: Results) -> pd.DataFrame:
@@ -189,6 +192,7 @@ def predictor_table(found: Results) -> pd.DataFrame:
         "AUROC, all": ("all", "all"),
         **{f"AUROC, pseudo-label {name}": ("all", name) for name in classes},
         "AUROC, kept by WR": ("kept", "all"),
+        **{f"AUROC, kept by WR, {name}": ("kept", name) for name in _foreground(audit)},
         "AUROC, decoders disagree": ("disagree", "all"),
     }
     shown = pd.DataFrame({"Measure": MEASURES})
@@ -238,21 +242,22 @@ def answers(found: Results) -> str:
         which += (
             f" Where the decoders disagree, the pseudo-label that WR keeps is right in {wr['kept']:.1f} % of the "
             f"voxels, the one that it drops in {wr['dropped']:.1f} %, and of the surest as many in "
-            f"{matched['kept']:.1f} %. In the course of that time WR's share lies between {course.min():.0f} and "
-            f"{course.max():.0f} %; it ends at {course.iloc[-1]:.0f} %."
+            f"{matched['kept']:.1f} %. In the course of that time WR is right in between {course.min():.0f} and "
+            f"{course.max():.0f} % of them, at the end in {course.iloc[-1]:.0f} %."
         )
     hr = weighed.loc[("kept", "mse")]
     ranking = weighed.loc["kept"]["auroc"].sort_values(ascending=False)
     how = (
         f"**How reliable are they?** Among what WR keeps, HR's weight averages {hr['weight']:.3f} and tells right from "
         f"wrong with an AUROC of {hr['auroc']:.3f} (0.5 is chance); the largest probability alone reaches "
-        f"{weighed.loc[('kept', 'prob'), 'auroc']:.3f}, and the best measure is *{ranking.index[0]}* "
-        f"with {ranking.iloc[0]:.3f}."
+        f"{weighed.loc[('kept', 'prob'), 'auroc']:.3f}, and the measures lie between {ranking.iloc[-1]:.3f} "
+        f"(*{ranking.index[-1]}*) and {ranking.iloc[0]:.3f} (*{ranking.index[0]}*)."
     )
     if len(foreground):
         means = foreground.groupby("score")["auroc"].mean()
+        classes = ", mean over classes" if foreground["class"].nunique() > 1 else ""
         how += (
-            f" Background dominates these: among the kept pseudo-labels of foreground alone, mean over classes, HR's "
+            f" Background dominates these: among the kept pseudo-labels of foreground alone{classes}, HR's "
             f"AUROC is {means['mse']:.3f}, the largest probability's {means['prob']:.3f}."
         )
     if ("disagree", "mse") in weighed.index:

@@ -82,7 +82,7 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
         scores = {_label(job, reference): dice[job.run.name][case_id] for job in shown}
         views.append(CaseView(f"{rank}: {case_id}", case.image[0], case.label, predictions, scores, case.spacing))
     said = f"{reference.run.title}, {reference.run.labelled} labelled, seed {reference.run.seed}"
-    return views, f"Chosen by the Dice of {said}: best, median, worst."
+    return views, f"Chosen by the Dice of {said}: best, median, worst. Final weights of decoder 1."
 
 
 def _predictions(place: Workplace, job: Job) -> Path:

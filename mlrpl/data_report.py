@@ -131,7 +131,7 @@ def case_montage(cases: Sequence[Case], classes: Sequence[str]) -> Figure:
             if axis != 2:
                 ax.invert_yaxis()
         axes[0].set_ylabel(name)
-    names = [case.id if case.label is not None else f"{case.id}\n(no label)" for case in cases]
+    names = [f"{case.id}\n({case.split}{'' if case.label is not None else ', no label'})" for case in cases]
     write_fitted([ax.set_title for ax in grid[0]], names, panel)
     add_legend(figure, class_handles(classes))
     return figure

@@ -133,7 +133,8 @@ def _png(figure: Figure) -> bytes:
     The colours are chosen to cover all that the figure has, however rare, so that colour bars stay smooth.
     """
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    with mpl.rc_context(STYLE):  # where ticks go depends on the letters' size
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     picture = Image.open(buffer).convert("RGB")
     few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(small, "png", optimize=True)
@@ -149,10 +150,10 @@ def _settle(figure: Figure) -> None:
 
 
 def colours(titles: Iterable[str]) -> dict[str, str]:
-    """Colour of each title: a method's own; variants take those that no method among the titles uses, then others."""
+    """Colour of each title: a method's own; variants take spare ones, then those of methods not among the titles."""
     titles = list(dict.fromkeys(titles))
     taken = {METHOD_COLOURS[title] for title in titles if title in METHOD_COLOURS}
-    free = [colour for colour in METHOD_COLOURS.values() if colour not in taken] + SPARE_COLOURS
+    free = SPARE_COLOURS + [colour for colour in METHOD_COLOURS.values() if colour not in taken]
     variants = [title for title in titles if title not in METHOD_COLOURS]
     return METHOD_COLOURS | {title: free[i % len(free)] for i, title in enumerate(variants)}
 

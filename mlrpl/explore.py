@@ -214,7 +214,7 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
         axes[0].set_ylabel(name)
     write_fitted([ax.set_title for ax in grid[0]], columns, panel)
     if picture is not None:
-        figure.colorbar(picture, ax=grid[:, -1], shrink=0.7, aspect=25)
+        figure.colorbar(picture, ax=grid[:, -1], shrink=0.7, aspect=25, extend="min")
     handles: list[Any] = [Line2D([], [], color="white", linewidth=2, path_effects=dark_edge(2), label="reference")]
     handles += [Line2D([], [], color=class_colour(c), label=f"prediction: {n}") for c, n in enumerate(classes) if c]
     if shown.weight is not None:

@@ -36,7 +36,7 @@ MOST_COLUMNS = 6  # of methods in a row of contours
 POINTS = 150  # drawn per curve: more cannot be seen, and files would grow large
 CURVES = {  # of a run's log: title and scale
     "supervised": ("Supervised loss", 1),
-    "mutual": ("Mutual loss", 1),
+    "mutual": ("Unsupervised loss", 1),
     "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
     "dice": ("Dice of training\nbatch (%)", 100),
 }

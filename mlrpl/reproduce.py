@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).parent
 REPORTING = (
     "ablations",
     "audit_report",
+    "captions",
     "comparison",
     "drawing",
     "explore",

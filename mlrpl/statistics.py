@@ -13,18 +13,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy import stats
 
-from mlrpl.drawing import WIDTH, NotebookFigure, add_legend, colours, styled
+from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import comparison, per_seed, two_decimals, with_interval
 
 LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
 REFERENCE = "MLRPL"
-LINEAR = 5  # points of Dice, of the figure of differences
-TICKS = (-50, -20, -5, -2, 0, 2, 5, 20, 50)
+REACH = 20  # points of Dice up to which the figure of differences is linear throughout
+LINEAR = 5  # and, where a method is further off, in its middle
+TICKS = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50)  # then
 SEED_MARK = {"marker": "|", "linestyle": "", "markersize": 7, "markeredgewidth": 1, "color": "0.25", "zorder": 3}
 
 
@@ -38,8 +39,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return float("nan"), float("nan")
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all alike but for rounding: nothing to resample
+        return float(values.mean()), float(values.mean())
     found = stats.bootstrap(
         (values,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
     )
@@ -169,10 +170,10 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = R
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            f"{heading} [95 %]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
+            f"{heading} [95 % over cases]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
             "sd over seeds": table["sd"].map(two_decimals),
             **({"Compared with": table["reference"].fillna("—")} if several else {}),
-            f"Difference{to}, seed by seed [95 %]": [
+            f"Difference{to}, seed by seed [95 % over cases]": [
                 with_interval(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
             f"Seeds above{above}": seeds_above(table),
@@ -264,8 +265,8 @@ def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
 def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure | None:
     """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
 
-    The axis is linear up to `LINEAR` points and logarithmic beyond: a method that fails must not hide what others
-    differ by. None where there is nothing to compare with it.
+    Where a method is more than `REACH` points off the axis is linear up to `LINEAR` points and logarithmic beyond: one
+    that fails must not hide what others differ by. None where there is nothing to compare with it.
     """
     rows = table[table["difference"].notna()]
     groups = list(rows.groupby("labelled"))
@@ -274,6 +275,7 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
     figure = NotebookFigure(figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * len(rows)), layout="constrained")
     colour = colours(table["title"])
     heights = [len(group) for _, group in groups]
+    far = rows[["difference_low", "difference_high", "difference"]].abs().max(axis=None) > REACH
     axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for ax, (labelled, group) in zip(axes, groups, strict=True):
         for place, row in enumerate(group.to_dict("records")):
@@ -281,7 +283,8 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
             ax.plot([row["difference_low"], row["difference_high"]], [place, place], linewidth=1.8, **style)
             ax.plot(row["difference"], place, "o", markersize=5, markeredgecolor="white", **style)
             plot_seeds(ax, row["of_seeds"], place)
-            said = f"p = {probability(row['p_holm'])}".replace("= <", "< ") if pd.notna(row["p_holm"]) else "no test"
+            p = f"p (Holm) = {probability(row['p_holm'])}".replace("= <", "< ")
+            said = p if pd.notna(row["p_holm"]) else "no test"
             beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": "0.35"}
             ax.annotate(said, (1.02, place), annotation_clip=False, **beside)
         ax.axvline(0, color="0.4", linewidth=0.8)
@@ -290,10 +293,12 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
         ax.tick_params(axis="y", length=0)
         ax.grid(False, axis="y")
         ax.set_title(f"{labelled} labelled", loc="left")
-        ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
+        if far:
+            ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
     under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
-    axes[-1].set_xlabel(f"difference to {reference}{under}({heading}; logarithmic beyond ±{LINEAR})")
-    axes[-1].xaxis.set_major_locator(FixedLocator(TICKS))
+    beyond = f"; logarithmic beyond ±{LINEAR}" if far else ""
+    axes[-1].set_xlabel(f"difference to {reference}{under}({heading}{beyond})")
+    axes[-1].xaxis.set_major_locator(FixedLocator(TICKS) if far else MaxNLocator(8, steps=STEPS))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes[-1].xaxis.set_minor_locator(NullLocator())
     mark = Line2D(

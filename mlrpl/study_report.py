@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mlrpl import ablations, audit_report, statistics, tables
+from mlrpl import ablations, audit_report, captions, statistics, tables
 from mlrpl.comparison import comparison_tables
 from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
@@ -29,65 +29,15 @@ REPORT_PAGES = {
     "07-explore": "Exploring",
 }
 
-COMPARISON = """*Last*: the weights after the final iteration. *Published*: the weights that did best on the test cases
-among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
-seeds where there are several. A distance is undefined where a method finds nothing; such a case counts as Dice 0 and is
-left out of the distances (the published code averages zeros there)."""
-COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
-of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from
-beginning to end have no undisturbed step. Only steps of one machine compare, and one name may stand for several: the
-page *Speed* has all methods side by side. Passes without gradient count as volumes too."""
-LARGEST = """Dice (%) and 95HD of decoder 1 as predicted, and with each class's largest connected component alone. It is
-no part of the protocol here; much published code evaluates so, and whether the paper's figures were obtained with it is
-not known. Islands far off cost little Dice and much distance. Means over the seeds that have rows for it."""
-NORMALISATION = """Dice (%) of the final weights, decoder 1. Training normalises each batch by its own statistics, its
-unlabelled volumes included; prediction by their running averages, as published. The second column uses the statistics
-of the volume that is predicted instead (of its windows, four at a time). The difference is what the averages cost; what
-is still missing then, the features lack."""
-OPTIMISM = "Points of Dice by which choosing the weights on the test cases exceeds the final weights."
-PRECISION = """Runs that differ in nothing but precision and seed. Rounding alone makes runs of one seed part ways, so
-curves are compared with the range of float32's seeds: the share of training that reduced precision's mean over seeds,
-and its single runs, spend within it, and what single runs would if precision made no difference."""
-SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
-pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
-one number of labelled cases. What names a condition in brackets, such as instance norm, is compared with MLRPL under
-the same. Final weights, decoder 1."""
-SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
-for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
 OVERVIEW = """Mutual learning with reliable pseudo labels, reproduced: one page a study. The tables: Dice (%) of decoder
 1 on the test cases, ± standard deviation over seeds where there are several, of the last weights and of the best check
 on the test cases, as the literature selects. For research, not for diagnosis."""
-ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights, decoder 1."
-RELIABILITY = "AUROC of each measure of HR as a predictor of a right pseudo-label; 0.5 is chance."
-CAPTIONS = {
-    "distributions": "Each dot a test case, final weights, decoder 1; grey lines join the same case.",
-    "label-efficiency": "Final weights, decoder 1; a bar is the standard deviation over seeds, if there are several.",
-    "learning-curves": "Where a collapse would be seen: the pseudo-labelled foreground leaves the share that is right, "
-    "towards nothing or towards everything, while the labelled batches' Dice goes on rising; where training is thrown "
-    "out, that Dice falls too. Supervised losses are not "
-    "on one scale: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of Dice loss and cross-entropy.",
-    "checks": "Every check on the test cases. Where there are several seeds, faint lines are theirs and the strong one "
-    "is their mean; of each seed the best check, which *published* selects, and the end of training are marked.",
-    "precision": "Running means over a fortieth of training; bold is the mean over seeds, the band float32's range.",
-    "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
-    "correction. Where there are several seeds, each has a mark: what other trainings may do to a difference.",
-    "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
-    "same batch, as many as WR keeps of all classes together. The class is the pseudo-label's, the distance "
-    "that to the reference's boundary.",
-    "reliability-coverage": "Star and diamond keep equally many of each batch: where the star is higher, WR chooses "
-    "better than confidence does. Thresholds on the line are the same for all batches.",
-    "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: chance.",
-    "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest, for HR's weight and for "
-    "the largest probability.",
-    "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
-    "method), on the x–y slice where the reference is largest. Final weights, decoder 1.",
-}
 
 
 def report_notebooks(place: Workplace, found: Results) -> list[str]:
     """The notebooks over all runs that this study has something to show in."""
     apply = {
-        "05-ablate": bool(place.study.ablations or place.study.ablations_of),
+        "05-ablate": bool(ablations.shown(place, found).ablations),
         "06-reliability": len(found.audit) > 0,
         "07-explore": bool(explorable(place)),
     }
@@ -106,7 +56,10 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
     found.save(folder)
     title = place.study.title
     notebook_to_html(place.runs / "01-data.ipynb", folder / "01-data.html", f"{title}: data", "index.html")
-    for name in report_notebooks(place, found):
+    shown = report_notebooks(place, found)
+    for name in set(REPORT_PAGES) - {*shown, "07-explore"}:  # of weights that are elsewhere now, the page stays
+        (folder / f"{name}.html").unlink(missing_ok=True)
+    for name in shown:
         own = {"STATIC": True, "DEVICE": device.split(",")[0] if device else None} if name == "07-explore" else {}
         parameters = notebook_parameters(place, RESULTS=str(place.results.parent), **own)
         execute(name, place.runs / f"{name}.ipynb", **parameters)
@@ -178,36 +131,38 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     everything, found = found, found.compared()
     made = comparison_tables(place, found)
     sure = statistics.summary(found.metrics, found.runs)
+    shown = [name for name in REPORT_PAGES if (folder / f"{name}.html").exists()]
     sections = [
         Section(
             "Comparison",
-            text=remarks([job.run for job in one_a_key(place.jobs)], everything.runs) + COMPARISON,
+            text=remarks([job.run for job in one_a_key(place.jobs)], everything.runs) + captions.COMPARISON,
             table=made["comparison"],
             figures=_pictures(folder, "distributions", "label-efficiency"),
         ),
         Section(
             "How sure is that",
-            f"{SURE} {statistics.same_seeds(sure)} {statistics.limits(sure)}",
+            f"{captions.SURE} {statistics.same_seeds(sure)} {statistics.limits(sure)}",
             made["statistics"],
             figures=_pictures(folder, "differences"),
         ),
-        Section("The same by the published selection", SURE_PUBLISHED, made["statistics-published"]),
-        Section("What the published selection adds", OPTIMISM, made["optimism"]),
-        *_section("What the largest component alone changes", LARGEST, made["largest"]),
-        *_section("What BatchNorm's running statistics cost", NORMALISATION, made["normalisation"]),
+        Section("The same by the published selection", captions.SURE_PUBLISHED, made["statistics-published"]),
+        Section("What the published selection adds", captions.OPTIMISM, made["optimism"]),
+        *_section("What the largest component alone changes", captions.LARGEST, made["largest"]),
+        *_section("What BatchNorm's running statistics cost", captions.NORMALISATION, made["normalisation"]),
         *_ablation_section(place),
         *_reliability_section(place, everything),
         *_precision_section(folder, made.get("precision")),
         Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
-        Section("Cost of a training step", COST, made["cost"]),
+        Section("Cost of a training step", captions.COST, made["cost"]),
         Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
+        Section("Terms", captions.TERMS),
         Section(
             "Notebooks",
             "Every figure above comes from these, executed as they are; code unfolds with a click.",
             _run_table(place, everything),
             links=[
                 Link("Data", "01-data.html"),
-                *(Link(REPORT_PAGES[name], f"{name}.html") for name in report_notebooks(place, everything)),
+                *(Link(REPORT_PAGES[name], f"{name}.html") for name in shown),
             ],
         ),
     ]
@@ -251,7 +206,8 @@ def _section(title: str, text: str, table: pd.DataFrame) -> list[Section]:
 def _precision_section(folder: Path, table: pd.DataFrame | None) -> list[Section]:
     if table is None:
         return []
-    return [Section("Does reduced precision train alike", PRECISION, table, figures=_pictures(folder, "precision"))]
+    pictures = _pictures(folder, "precision")
+    return [Section("Does reduced precision train alike", captions.PRECISION, table, figures=pictures)]
 
 
 def _ablation_section(place: Workplace) -> list[Section]:
@@ -259,7 +215,7 @@ def _ablation_section(place: Workplace) -> list[Section]:
         return []
     shown = ablations.shown(place)
     names = [f"ablation-{ablation.name}" for ablation in shown.ablations]
-    text = f"{shown.said} {ABLATIONS}" if names else shown.said
+    text = f"{shown.said} {captions.ABLATIONS}" if names else shown.said
     return [Section("Ablations", text, figures=_pictures(place.results, *names))]
 
 
@@ -267,14 +223,14 @@ def _reliability_section(place: Workplace, found: Results) -> list[Section]:
     if not len(found.audit):
         return []
     subjects = audit_report.subjects(found)
-    names = [name for name in CAPTIONS if name.startswith("reliability-")]
+    names = [name for name in captions.CAPTIONS if name.startswith("reliability-")]
     first = f" Pictures: {audit_report.described(subjects[''])}; the others are on the page *Reliability*."
     return [
         Section(
             "Reliability of the pseudo-labels",
             "\n\n".join(audit_report.answers(subject) for subject in subjects.values()),
             audit_report.together(audit_report.predictor_table, subjects),
-            RELIABILITY + (first if len(subjects) > 1 else ""),
+            captions.RELIABILITY + (first if len(subjects) > 1 else ""),
             figures=_pictures(place.results, *names),
         )
     ]
@@ -287,7 +243,7 @@ def _pictures(folder: Path, *names: str) -> list[Picture]:
         vector, pixels = (folder / "figures" / f"{name}.{kind}" for kind in ("svg", "png"))
         if vector.exists():
             path = pixels if 2 * pixels.stat().st_size < vector.stat().st_size else vector
-            pictures.append(Picture(path, CAPTIONS.get(name, ""), name.replace("-", " ")))
+            pictures.append(Picture(path, captions.CAPTIONS.get(name, ""), name.replace("-", " ")))
     return pictures
 
 

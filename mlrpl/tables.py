@@ -116,17 +116,18 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
             "Output": table["output"].map(OUTPUTS),
         }
     )
-    headings = {"dice": "Dice (%)", "jaccard": "Jaccard (%)", "hd95": f"95HD ({unit})", "asd": f"ASD ({unit})"}
-    for measure, heading in headings.items():
+    paper = {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}
+    for measure, heading in headings(unit).items():
         view[heading] = [_mean_and_sd(*pair) for pair in zip(table[measure], table[f"{measure}_sd"], strict=True)]
-    view["Undefined distances"] = [
-        f"{count} of {distances}" if count else "0"
-        for count, distances in zip(table["undefined"], table["distances"], strict=True)
-    ]
+        theirs = f"paper_{measure}"
+        if theirs in table and table[theirs].notna().any():
+            view[paper[measure]] = table[theirs].map(two_decimals)
+    if table["undefined"].any():
+        view["Undefined distances"] = [
+            f"{count} of {distances}" if count else "0"
+            for count, distances in zip(table["undefined"], table["distances"], strict=True)
+        ]
     view["Cases"] = table["cases"].astype(str)
-    for column, heading in {"paper_dice": "Paper: Dice (%)", "paper_hd95": "Paper: 95HD (voxels)"}.items():
-        if column in table and table[column].notna().any():
-            view[heading] = table[column].map(two_decimals)
     return view
 
 
@@ -414,12 +415,19 @@ def _latex(text: str) -> str:
     return "".join(LATEX.get(letter, letter) for letter in escaped)
 
 
-def every_case(metrics: pd.DataFrame) -> pd.DataFrame:
+def headings(unit: str) -> dict[str, str]:
+    """Of the measures, with their units; ``unit``: of the distances, ``"voxels"`` or ``"mm"``."""
+    return {"dice": "Dice (%)", "jaccard": "Jaccard (%)", "hd95": f"95HD ({unit})", "asd": f"ASD ({unit})"}
+
+
+def every_case(metrics: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     """One run's test cases as text: final weights, decoder 1."""
-    rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
-    percent = {name: (rows[name] * 100).map(two_decimals) for name in ("dice", "jaccard")}
-    distances = {name: rows[name].map(two_decimals) for name in ("hd95", "asd")}
-    return rows[["case", "class"]].assign(**percent, **distances).reset_index(drop=True)
+    rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")].reset_index(drop=True)
+    scale = {"dice": 100, "jaccard": 100}
+    measures = {
+        heading: (rows[name] * scale.get(name, 1)).map(two_decimals) for name, heading in headings(unit).items()
+    }
+    return pd.DataFrame({"Case": rows["case"], "Class": rows["class"], **measures})
 
 
 def data_summary(store: Store) -> pd.DataFrame:

@@ -295,12 +295,13 @@ def test_each_variant_and_number_of_labelled_cases_is_told_of_by_itself(audited,
     }  # fmt: skip
     told = [audit_report.described(of) for of in subjects.values()]
     assert told == [
-        "MLRPL, 2 labelled cases, s0, s1",
-        "MLRPL, 3 labelled cases, s0",
-        "Other, 2 labelled cases, s0",
+        "MLRPL, 2 labelled, s0, s1",
+        "MLRPL, 3 labelled, s0",
+        "Other, 2 labelled, s0",
     ]
     costs = audit_report.together(audit_report.cost_table, subjects)
-    assert list(costs["Audited"]) == [told[0], *told]
+    names = ["MLRPL, 2 labelled", "MLRPL, 2 labelled", "MLRPL, 3 labelled", "Other, 2 labelled"]
+    assert list(costs["Audited"]) == names
     assert list(costs["Share (%)"]) == ["1.00", "4.00", "2.00", "3.00"]
     alone = {"": subjects[""]}
     assert "Audited" not in audit_report.together(audit_report.cost_table, alone)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlrpl.config import Run, Settings, load_study
 from mlrpl.data import Batch, Batches, Case
 from mlrpl.data.phantom import draw
-from mlrpl.methods import METHODS, Method, Step, build, volumes_a_step
+from mlrpl.methods import METHODS, Method, Step, as_read, build, volumes_a_step
 from mlrpl.methods.acmt import ambiguity_threshold, ambiguous_consistency
 from mlrpl.methods.cct import cross_consistency, feature_dropout
 from mlrpl.methods.mcnet import mutual_consistency
@@ -628,6 +628,14 @@ def test_every_method_is_documented(name: str) -> None:
     module = inspect.getmodule(METHODS[name])
     assert module.__doc__ and METHODS[name].__doc__
     assert len(inspect.getsource(module).splitlines()) <= 130
+
+
+def test_a_run_is_described_by_what_its_method_reads() -> None:
+    (run, *_) = load_study("smoke").runs()
+    settings = {name: as_read(run.model_copy(update={"method": name}))["settings"] for name in ("vnet", "mlrpl")}
+    assert settings["mlrpl"] == run.settings.model_dump()
+    assert settings["vnet"]["batch"] == (4, 0)
+    assert set(settings["mlrpl"]) - set(settings["vnet"]) == {"beta_max", "ramp_iterations"}
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_shares_count_what_lies_in_the_range(asked):
     assert loss["Mean within (%)"] == "100"
     assert float(loss["Runs within (%)"]) == pytest.approx(50, abs=1)
     assert loss["Expected of runs (%)"] == "50"
-    assert table.loc[("MLRPL (bf16)", "Mutual loss"), "Runs within (%)"] == "100"
+    assert table.loc[("MLRPL (bf16)", "Unsupervised loss"), "Runs within (%)"] == "100"
     assert "Foreground of pseudo-labels (%)" not in table.index.get_level_values("Curve")
 
 
@@ -83,7 +83,7 @@ def test_figure_has_a_row_a_pair_and_the_range_as_a_band(asked):
     curves = curves_frame(runs, lambda run, iteration: 1.0 + seed(run) + ("bf16" in run))
     figure = precision_report.figure(curves, precision_report.pairs(asked, runs))
     titles = [ax.get_title() for ax in figure.axes[:3]]
-    assert titles == ["Supervised loss", "Mutual loss", "Dice of training\nbatch (%)"]
+    assert titles == ["Supervised loss", "Unsupervised loss", "Dice of training\nbatch (%)"]
     assert [ax.get_ylabel() for ax in figure.axes[::3]] == ["MLRPL (bf16)", "Control (bf16)"]
     (band,) = figure.axes[0].collections
     heights = band.get_paths()[0].vertices[:, 1]

@@ -92,7 +92,7 @@ OWN = {
         {**ENTROPY_RUN, "labelled": 1},
     ],
 }  # fmt: skip
-REPORTS = ("04-compare", "05-ablate", "06-reliability", "07-explore")
+REPORTS = ("04-compare", "06-reliability", "07-explore")
 
 
 def write(folder: Path, study: dict[str, Any]) -> str:
@@ -327,10 +327,13 @@ def test_a_changed_setting_runs_what_it_affects_and_nothing_else(tiny, tmp_path)
     folder = tiny.copy(tmp_path)
     vnet, mlrpl = TINY["runs"]
     write(folder, {**TINY, "runs": [vnet, {**mlrpl, "settings": {"beta_max": 0.5}}]})
+    of_before = folder / "results/tiny/05-ablate.html"  # as if there had been ablations
+    of_before.write_text("older")
     before = files(folder / "runs")
     said = reproduce("tiny.yaml", cwd=folder)
     assert "2 runs, 1 to do" in said
     assert "mlrpl-1-s0: finished" in said
+    assert not of_before.exists()
     assert "Against the rows that were in results/" in said
     after = files(folder / "runs")
     touched = {name for name in after if after[name] != before.get(name)}
@@ -348,15 +351,21 @@ def test_a_changed_setting_runs_what_it_affects_and_nothing_else(tiny, tmp_path)
 
 def test_a_changed_title_runs_nothing_but_renews_the_report(tiny, tmp_path):
     folder = tiny.copy(tmp_path)
+    (folder / "results/phantom-full").mkdir()  # its committed ablations are shown, now that they are there
+    for rows in (ROOT / "results/phantom-full").glob("*.csv"):
+        shutil.copy2(rows, folder / "results/phantom-full")
     write(folder, {**TINY, "title": "Another headline"})
     before = files(folder / "runs")
     said = reproduce("tiny.yaml", cwd=folder)
     assert "2 runs, 0 to do" in said
     assert "nothing to do" not in said
-    assert "Another headline" in (folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    index = (folder / "results/tiny/index.html").read_text(encoding="utf-8")
+    assert "Another headline" in index
+    assert "Precomputed: these are the committed results of the study phantom-full" in index
+    assert 'href="05-ablate.html"' in index
     after = files(folder / "runs")
     assert {n for n in after if after[n] != before.get(n)} == {
-        *(f"tiny/{name}.ipynb" for name in REPORTS),
+        *(f"tiny/{name}.ipynb" for name in (*REPORTS, "05-ablate")),
         "tiny/report.json",
     }
     assert (folder / "results/tiny/metrics.csv").read_bytes() == (tiny.folder / "results/tiny/metrics.csv").read_bytes()

@@ -148,7 +148,7 @@ def test_the_figure_shows_every_difference_with_its_p():
     table = summary(*study({"MLRPL": ours, "A": ours - 0.05 + 0.01 * random.random(9), "B": ours[::-1]}))
     (axes,) = differences(table).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]
-    assert axes.texts[0].get_text() == f"p = {probability(table.iloc[1]['p_holm'])}"
+    assert axes.texts[0].get_text() == f"p (Holm) = {probability(table.iloc[1]['p_holm'])}"
 
 
 def test_a_method_that_fails_does_not_hide_what_others_differ_by():
@@ -159,6 +159,15 @@ def test_a_method_that_fails_does_not_hide_what_others_differ_by():
     (axes,) = figure.axes
     place, zero = (axes.transData.transform((x, 0))[0] for x in (100 * (near - ours).mean(), 0))
     assert zero - place > 0.05 * axes.bbox.width
+
+
+def test_what_is_not_far_apart_is_drawn_to_one_scale():
+    ours = np.linspace(0.7, 0.9, 9)
+    table = summary(*study({"MLRPL": ours, "A": ours - 0.04, "B": ours - 0.12}))
+    (axes,) = differences(table).axes
+    zero, near, far = (axes.transData.transform((x, 0))[0] for x in (0, -4, -12))
+    assert zero - far == pytest.approx(3 * (zero - near))
+    assert "logarithmic" not in axes.get_xlabel()
 
 
 def test_p_is_printed_as_journals_do():

@@ -15,6 +15,7 @@ from mlrpl.tables import (
     comparison,
     cost,
     difference,
+    every_case,
     formatted,
     formatted_largest,
     formatted_normalisation,
@@ -171,6 +172,20 @@ def test_formatted_names_units_and_protocol(metrics, runs):
     assert shown["Dice (%)"].iloc[0] == "73.00 ± 1.00"
     assert shown["Selection"].iloc[:2].tolist() == ["last", "published"]
     assert set(shown["Output"]) == {"decoder 1", "mean of decoders"}
+
+
+def test_undefined_distances_are_counted_where_there_are_any(metrics, runs):
+    table = comparison(metrics.fillna({"hd95": 1.0, "asd": 1.0}), runs)
+    assert "Undefined distances" not in formatted(table)
+    table.loc[0, "undefined"] = 3
+    assert formatted(table)["Undefined distances"].iloc[:2].tolist() == [f"3 of {table['distances'].iloc[0]}", "0"]
+
+
+def test_every_case_of_a_run_is_told_with_units(metrics):
+    shown = every_case(metrics, "mm")
+    assert list(shown) == ["Case", "Class", "Dice (%)", "Jaccard (%)", "95HD (mm)", "ASD (mm)"]
+    rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")]
+    assert shown["Dice (%)"].tolist() == [f"{100 * dice:.2f}" for dice in rows["dice"]]
 
 
 def test_paper_stands_beside_the_published_selection_only(metrics, runs):

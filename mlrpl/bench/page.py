@@ -35,6 +35,7 @@ GROWTH = {
     "classes": "classes",
     "cases": "cases of a check",
 }
+NAMES = {"memory_gb": "memory (GB)", "cudnn": "cuDNN", "cuda": "CUDA", "torch": "PyTorch", "cpu": "CPU"}  # of facts
 LONGEST = 80  # characters of an operation's name
 OURS, YARDSTICK = METHOD_COLOURS["MLRPL"], METHOD_COLOURS["Control (β = 0)"]
 
@@ -47,9 +48,10 @@ difference of the results; in voxels, metrics must be equal to the last bit. In 
 formulation runs with the package's memory settings (freed memory is kept); the last two rows tell what a step takes
 where each has a process of its own, the plain one with the system's settings: the fastest of the repeats, and peak
 memory."""
-COSTS = """One training step of each method, a process each, so that peak memory (of the whole process on a CPU, of
+COSTS = f"""One training step of each method, a process each, so that peak memory (of the whole process on a CPU, of
 PyTorch's allocations on a GPU) is its own. *Volumes* counts those that went through an encoder, teachers' and perturbed
-passes included: a batch has four."""
+passes included: a batch has four. The plain step is the one with the system's memory settings, in float32. None is
+compiled; on a GPU runs of {COMPILED_FROM:,} iterations or more are, and their steps are shorter (see below)."""
 
 
 def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], size: Size) -> Path:
@@ -67,13 +69,13 @@ def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Map
             save(draw(tables[name]), folder / "figures", name)
     pictures = {name: folder / "figures" / f"{name}.svg" for name in drawn}
     machine = provenance["machine"]
-    facts = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in machine.items())
+    facts = "; ".join(f"{NAMES.get(name, name.replace('_', ' '))}: {_text(value)}" for name, value in machine.items())
     sections = [Section("Goals", f"{facts}.\n\n{MAIN}", _main_table(tables["bench"]))]
     if len(tables["growth"]):
         sections.append(
             Section(
                 "Growth",
-                "How the time of a step, or of a check, grows with what it depends on; bars: lowest to highest.",
+                "How a step's time grows with what it depends on, a check's with the cases; bars: lowest to highest.",
                 figures=[Picture(pictures["growth"], "Both axes are logarithmic.", "growth of time with size")],
             )
         )
@@ -97,7 +99,7 @@ def write_page(folder: Path, tables: Mapping[str, pd.DataFrame], provenance: Map
     page = folder / "index.html"
     write_index(
         page,
-        title=f"{provenance['title']}: {machine['device']}",
+        title=f"{provenance['title']} ({machine['device']})",
         lead=LEAD,
         sections=sections,
         provenance=provenance,
@@ -162,7 +164,7 @@ def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
     def number(value: float, text: str) -> str:
         return "—" if pd.isna(value) else format(value, text)
 
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "Method": methods["method"].map(TITLES),
             "Step": ["—" if pd.isna(v) else _amount(v) for v in methods["seconds"]],
@@ -175,11 +177,20 @@ def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
             "Note": methods["note"],
         }
     )
+    return table if methods["note"].any() else table.drop(columns="Note")
 
 
 def _profile_table(profile: pd.DataFrame) -> pd.DataFrame:
-    table = profile.rename(columns=lambda name: name.replace("_", " ").capitalize())
-    return table.assign(Operation=[_short(name) for name in profile["operation"]]) if len(profile) else table
+    if not len(profile):
+        return profile
+    return pd.DataFrame(
+        {
+            "Operation": [_short(name) for name in profile["operation"]],
+            "Calls": profile["calls"].astype(str),
+            "Milliseconds": [f"{value:,.1f}" for value in profile["milliseconds"]],
+            "Share (%)": [f"{value:.1f}" for value in profile["share_percent"]],
+        }
+    )
 
 
 def _short(operation: str) -> str:

@@ -21,7 +21,17 @@ from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
 from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes, normalise_instances
 
-__all__ = ["METHODS", "OUTPUTS", "Method", "Step", "build", "find_method", "result_version", "volumes_a_step"]
+__all__ = [
+    "METHODS",
+    "OUTPUTS",
+    "Method",
+    "Step",
+    "as_read",
+    "build",
+    "find_method",
+    "result_version",
+    "volumes_a_step",
+]
 
 METHODS: dict[str, type[Method]] = {
     "vnet": SupervisedVNet,
@@ -63,6 +73,13 @@ def result_version(method: type[Method]) -> int | str:
     if "result_version" in vars(method) or method in METHODS.values():
         return method.result_version
     return hashlib.sha256(inspect.getsource(inspect.getmodule(method)).encode()).hexdigest()[:16]
+
+
+def as_read(run: Run) -> dict[str, Any]:
+    """What a run's method reads of it, by name: with its own number of volumes a batch, without settings of no use."""
+    method, values = find_method(run.method), run.model_dump()
+    settings = values["settings"] | {"batch": method.batch_sizes(run.settings)}
+    return values | {"settings": {name: v for name, v in settings.items() if name not in method.unused_settings}}
 
 
 def build(run: Run, in_channels: int, num_classes: int) -> Method:
