@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Run
-from mlrpl.drawing import METHOD_COLOURS, STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.figures import CURVES, smoothed
 
 FLOAT32 = "float32"
-FLOAT32_COLOUR, REDUCED_COLOUR = METHOD_COLOURS["Control (β = 0)"], METHOD_COLOURS["MLRPL"]
+FLOAT32_COLOUR, REDUCED_COLOUR = "0.55", "black"  # no method's
 
 
 @dataclass(frozen=True)
