@@ -294,7 +294,7 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
         ax.grid(False, axis="y")
         ax.set_title(f"{labelled} labelled", loc="left")
         if far:
-            ax.set_xscale("symlog", linthresh=LINEAR, linscale=1)
+            ax.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
     under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
     beyond = f"; logarithmic beyond ±{LINEAR}" if far else ""
     axes[-1].set_xlabel(f"difference to {reference}{under}({heading}{beyond})")
