@@ -214,7 +214,7 @@ def cancel(study: str, runs: Runs = "runs") -> None:
     cancelled, owner = cancel_jobs(place), holder(place.runs)
     told = [f"{cancelled} Slurm jobs"] if cancelled else []
     if owner and owner.host == os.uname().nodename:
-        os.kill(owner.pid, signal.SIGINT)
+        os.kill(owner.pid, signal.SIGTERM)  # a script's background commands do not hear SIGINT
         told.append(f"process {owner.pid}")
     print(f"asked to end: {' and '.join(told)}" if told else f"study {place.study.name}: nothing is queued or running")
 
@@ -241,6 +241,7 @@ def run(
     runs: Runs = "runs",
     device: Device = None,
     tensorboard: bool = False,
+    key: str | None = None,
     parent: Parent = None,
 ) -> None:
     """Execute one run's notebooks; `reproduce` starts this."""
@@ -248,7 +249,7 @@ def run(
     from mlrpl.execution import execute_run
     from mlrpl.study import Workplace
 
-    execute_run(Workplace(study, runs), name, device, tensorboard)
+    execute_run(Workplace(study, runs), name, device, tensorboard, key)
 
 
 @contextmanager

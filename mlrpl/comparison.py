@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mlrpl import precision_report, statistics, tables
+from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
 from mlrpl.methods import volumes_a_step
@@ -41,7 +42,15 @@ def cost_table(place: Workplace, found: Results) -> pd.DataFrame:
     """What a training step of each method costs: `mlrpl.tables.cost`."""
     first = found.runs.drop_duplicates("title")["run"]
     sizes = place.store.channels, len(place.store.classes)
-    return tables.cost(found.runs, {name: volumes_a_step(place.job(name).run, *sizes) for name in first})
+    return tables.cost(found.runs, {name: _volumes(place.job(name).run, *sizes) for name in first})
+
+
+def _volumes(run: Run, channels: int, classes: int) -> tuple[int, int]:
+    """`volumes_a_step`; zeros where a method of one's own does not take so small a patch."""
+    try:
+        return volumes_a_step(run, channels, classes)
+    except (RuntimeError, ValueError, IndexError):
+        return 0, 0
 
 
 def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:

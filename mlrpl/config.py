@@ -7,7 +7,6 @@ training each. A run's key is a hash of all that its result depends on: two runs
 import difflib
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterator
 from importlib import resources
 from itertools import product
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mlrpl import own_code
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
 
@@ -389,6 +389,18 @@ def _validated(model: type[M], content: Any, where: str) -> M:
         raise StudyError(f"{where}: {place}: {said}{more}") from None
 
 
+def _file(name: str) -> Any:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    places = (_packaged() / f"{name}.yaml", Path(f"{name}.yaml"))
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def is_packaged(name: str) -> bool:
+    """Whether `load_study` finds that study in the package."""
+    return Path(str(_file(name))).resolve().parent == Path(str(_packaged())).resolve()
+
+
 def study_names() -> list[str]:
     """Names of the studies that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _packaged().iterdir() if f.name.endswith(".yaml"))
@@ -431,20 +443,23 @@ def load_study(name: str) -> Study:
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
-    if name.endswith((".yaml", ".yml")):
-        file: Any = Path(name)
-    else:
-        places = (_packaged() / f"{name}.yaml", Path(f"{name}.yaml"))
-        file = next((place for place in places if place.is_file()), places[0])
+    file = _file(name)
     if not file.is_file():
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
-    if isinstance(file, Path) and (folder := str(file.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
+    if not is_packaged(name):
+        own_code.look_in(file.resolve().parent)
     content = _bounded_yaml(file)
     study = _validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]
     if twice := {n for n in names if names.count(n) > 1}:
         raise StudyError(f"study {study.name}: two runs are named {sorted(twice)[0]}: give them different variants")
+    titles: dict[tuple[str, int], str] = {}
+    for run in study.runs():
+        if not run.ablation and titles.setdefault((run.title, run.labelled), run.variant) != run.variant:
+            raise StudyError(
+                f"study {study.name}: {run.variant} and {titles[run.title, run.labelled]} have one title, "
+                f"{run.title!r}: tables could not tell them apart"
+            )
     return study

@@ -1,9 +1,12 @@
 """Notebooks executed with papermill: any of a study's, and the two that make up a run."""
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlrpl import own_code
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.files import atomic, remove_temporary
 from mlrpl.interrupt import passed_on, stop_requests
@@ -53,15 +56,29 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
                 raise StoppedError(error.evalue or f"{notebook}: interrupted; the same command goes on") from None
             working.replace(failed)
             reason = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
-            raise StudyError(f"{reason.splitlines()[0]} (see {failed.name})") from None
+            where = "" if error.ename == "StudyError" else own_line(error.traceback)
+            raise StudyError(f"{reason.splitlines()[0]}{where} (see {failed})") from None
         except RuntimeError as error:  # the kernel died
             raise StudyError(f"{notebook}: {str(error).splitlines()[0]}; if for want of memory: {ADVICE}") from None
         finally:
             working.unlink(missing_ok=True)
 
 
-def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bool = False) -> None:
-    """What `mlrpl run` does: the two notebooks of one run, each only where needed.
+def own_line(traceback: Sequence[str]) -> str:
+    """In which line of a file beside the study's an error came about, as " (entropy.py, line 27)"; else nothing."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(traceback))  # colours
+    places = re.findall(r"^File (.+?):(\d+)", text, re.MULTILINE)
+    for name, line in reversed(places):
+        path = Path(name).expanduser()
+        if any(folder == path.absolute().parent for folder in own_code.folders):
+            return f" ({path.name}, line {line})"
+    return ""
+
+
+def execute_run(
+    place: Workplace, name: str, device: str | None, tensorboard: bool = False, key: str | None = None
+) -> None:
+    """What `mlrpl run` does: the two notebooks of one run, each only where needed; `key`: see `Workplace.job`.
 
     Raises:
         StudyError: where another process is at this run, or a notebook fails.
@@ -69,7 +86,7 @@ def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bo
     """
     with stop_requests() as asked, passed_on(asked):
         try:
-            _execute_run(place, place.job(name), device, tensorboard)
+            _execute_run(place, place.job(name, key), device, tensorboard)
         except (Exception, KeyboardInterrupt) as error:
             if not asked.is_set() or isinstance(error, StoppedError):
                 raise
@@ -79,7 +96,7 @@ def execute_run(place: Workplace, name: str, device: str | None, tensorboard: bo
 def _execute_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> None:
     name = job.run.name
     job.folder.mkdir(parents=True, exist_ok=True)
-    parameters = notebook_parameters(place, RUN=name, DEVICE=device)
+    parameters = notebook_parameters(place, RUN=name, KEY=job.key, DEVICE=device)
     own: dict[str, dict[str, Any]] = {"train": {"TENSORBOARD": tensorboard}, "evaluate": {}}
     with locked(job.folder, f"run {name}: another process is training it"):
         with locked(job.folder, f"run {name}: another process is at it", "work.", ORPHAN_SECONDS):

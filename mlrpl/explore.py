@@ -107,7 +107,7 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
     where = find_device(device)
     method, precision = _method(place, job, where)
     case = place.store.load(case_id)
-    decoders, classes = len(method.network.decoders), method.num_classes
+    decoders, classes = len(getattr(method.network, "decoders", (None,))), method.num_classes
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)

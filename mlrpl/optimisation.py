@@ -51,12 +51,24 @@ def optimise(
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.image.device.type, dtype=precision.dtype, enabled=precision.reduced):
-        terms = method.loss(batch, step)
+        terms = checked(method, method.loss(batch, step))
     scaler.scale(terms["total"]).backward()
     scaler.step(optimizer)
     scaler.update()
     method.after_step(step)
     return {name: value.detach() for name, value in terms.items()}
+
+
+def checked(method: Method, terms: Any) -> dict[str, Tensor]:
+    """A method's terms as they are; StudyError unless they are scalar tensors, "total" among them."""
+    if not isinstance(terms, dict) or "total" not in terms:
+        found = ", ".join(map(str, terms)) if isinstance(terms, dict) else type(terms).__name__
+        raise StudyError(f'{type(method).__name__}.loss must return a dict of terms with "total"; it returned {found}')
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise StudyError(f"{type(method).__name__}.loss: {name!r} is {what}, not a scalar tensor")
+    return terms
 
 
 def make_optimizer(method: Method) -> torch.optim.SGD:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mlrpl.memory import is_exhaustion
-from mlrpl.networks import VNet
 from mlrpl.provenance import instructions
 
 TOLERANCE = 0.02  # relative error of a single layer; correct bf16 kernels stay below 0.006
@@ -92,7 +91,7 @@ def to_predict_in(trained_in: str, device: torch.device) -> Precision:
 
 
 def choose_precision(
-    requested: str, network: VNet, patch: Sequence[int], volumes: int, device: torch.device
+    requested: str, network: nn.Module, patch: Sequence[int], volumes: int, device: torch.device
 ) -> Precision:
     """The precision to train in.
 
@@ -128,7 +127,7 @@ def choose_precision(
 
 
 def worst_layer(
-    network: VNet, patch: Sequence[int], volumes: int, device: torch.device, dtype: torch.dtype
+    network: nn.Module, patch: Sequence[int], volumes: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, str]:
     """Largest relative error (L2, over output, input gradient and weight gradient) of any convolution, and its name.
 
@@ -142,12 +141,15 @@ def worst_layer(
         for name, module in convolutions.items()
     ]
     with torch.inference_mode(), as_it_comes():
-        probe(torch.zeros(1, network.encoder.stages[0][0].in_channels, *patch, device=device))
+        channels = next(iter(convolutions.values())).in_channels  # the first takes the image
+        probe(torch.zeros(1, channels, *patch, device=device))
     for hook in hooks:
         hook.remove()
     worst, where = 0.0, ""
     seen = set()
     for name, module in convolutions.items():
+        if name not in shapes:  # a network of one's own may have layers for training alone
+            continue
         shape = (volumes, *shapes[name][1:])
         if (kind := (str(module), shape)) in seen:
             continue

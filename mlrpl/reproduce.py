@@ -11,6 +11,8 @@ import numpy as np
 
 from mlrpl import tables
 from mlrpl.comparison import headline
+from mlrpl.config import is_packaged, study_names
+from mlrpl.data_report import SPLITS
 from mlrpl.errors import StudyError
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
@@ -106,15 +108,22 @@ def _reproduce(
     with counting_bar("  preparing cases", "case") as show:
         store = place.store = place.prepare(show)
     committed = Results.load(place.results)
-    adopted = committed.keys(store.classes) if adopt else set()
-    todo = list(pending(place, only, adopted))
-    adopted_names = [job.run.name for job in place.jobs if job.key in adopted and not job.finished("evaluate")]
+    _check_name(place, committed)
+    elsewhere = _other_results(place) if adopt else {}
+    adopted: dict[str, Path] = {}  # by key: the results that hold it
+    for folder, results in {place.results: committed, **elsewhere}.items() if adopt else ():
+        adopted = dict.fromkeys(results.keys(store.classes), folder) | adopted
+    todo = list(pending(place, only, set(adopted)))
     runs = counted(len({job.key for job in place.jobs}), "run")
     print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
+    if store.index["split"] == "seeded":
+        print(f"  the split is {SPLITS['seeded']}")
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")
-    if adopted_names:
-        print(f"  adopted from {place.results}/: {', '.join(adopted_names)}")
+    for folder in dict.fromkeys(adopted.values()):
+        mine = [j for j in place.jobs if adopted.get(j.key) == folder and not j.finished("evaluate")]
+        if mine:
+            print(f"  adopted from {folder}/: {', '.join(job.run.name for job in mine)}")
     if not (place.runs / "01-data.ipynb").exists() or read_json(place.runs / "data.json") != _data_key(place):
         execute(
             "01-data", place.runs / "01-data.ipynb", **notebook_parameters(place, RESULTS=str(place.results.parent))
@@ -124,6 +133,7 @@ def _reproduce(
         print(f"  {submit(place, todo, slurm, device, tensorboard, adopt)}")
         print(f"  mlrpl status {place.given} shows where they stand, mlrpl cancel {place.given} takes them back")
         return {}
+    said = "not finished" if report_only else "failed; the same command tries them again"
     if report_only:
         failures = _unfinished(todo)
     else:
@@ -132,9 +142,9 @@ def _reproduce(
         if todo:
             print(f"  on {device or _usual_device()}; runs at a time: {at_once}")
         failures = run_all(place, _free(todo), at_once, device, tensorboard)
-    found = collect(place.jobs, committed, place.study.ablations)
+    found = collect(place.jobs, committed, place.study.ablations, list(elsewhere.values()))
     if not len(found):
-        _summary(failures)
+        _summary(failures, said)
         return failures
     state = _report_key(place, found)
     index = place.results / "index.html"
@@ -148,7 +158,7 @@ def _reproduce(
     print()
     print(tables.to_markdown(headline(found, place)))
     print(f"\nReport: {index}  ({duration(time.monotonic() - started)})")
-    _summary(failures)
+    _summary(failures, said)
     return failures
 
 
@@ -183,11 +193,29 @@ def _check_writable(place: Workplace) -> None:
             raise StudyError(f"{folder}: cannot be written ({error.strerror}); make room or allow writing") from None
 
 
-def _summary(failures: dict[str, str]) -> None:
+def _summary(failures: dict[str, str], said: str) -> None:
     if failures:
-        print(f"\n{counted(len(failures), 'run')} failed; the same command tries them again:")
+        print(f"\n{counted(len(failures), 'run')} {said}:")
         for name, reason in failures.items():
             print(f"  {name}: {reason}")
+
+
+def _other_results(place: Workplace) -> dict[Path, Results]:
+    """By folder: what other studies have beside this one's results."""
+    folders = [path.parent for path in sorted(place.results.parent.glob("*/runs.csv"))]
+    return {folder: Results.load(folder) for folder in folders if folder != place.results}
+
+
+def _check_name(place: Workplace, committed: Results) -> None:
+    """Results of a study of the package are not lost to another one that took its name along with its file."""
+    if not len(committed) or place.study.name not in study_names() or is_packaged(place.given):
+        return
+    lost = sorted(set(committed.runs["key"]) - {job.key for job in place.jobs})
+    if lost:
+        raise StudyError(
+            f"{place.results}/ holds {counted(len(lost), 'run')} that this study does not have: "
+            f"{place.study.name} is the name of a study of the package; give yours a name of its own"
+        )
 
 
 def _compare_with_committed(found: Results, committed: Results) -> None:

@@ -88,7 +88,9 @@ class Results:
         return set(self.runs.loc[pd.MultiIndex.from_frame(self.runs[list(IDENTITY)]).isin(usable), "key"])
 
 
-def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablation] = ()) -> Results:
+def collect(
+    jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablation] = (), elsewhere: Sequence[Results] = ()
+) -> Results:
     """All finished runs of a study, in its order; of ablations' runs only those that coincide with none before them.
 
     Args:
@@ -96,8 +98,11 @@ def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablatio
         committed: results from an earlier sitting. Runs that are not finished here but whose key is there keep those
             rows, marked as adopted.
         ablations: the study's.
+        elsewhere: other studies' results, in which the same runs may be.
     """
-    keys = committed.keys(jobs[0].classes) if jobs else set()
+    by_key: dict[str, Results] = {}
+    for results in (committed, *elsewhere) if jobs else ():
+        by_key = dict.fromkeys(results.keys(jobs[0].classes), results) | by_key
     parts: list[Results] = []
     names: dict[str, str] = {}  # by key: the first run of it
     for job in jobs:
@@ -105,8 +110,8 @@ def collect(jobs: Sequence[Job], committed: Results, ablations: Sequence[Ablatio
             continue
         if job.complete:
             parts.append(run_frames(job))
-        elif job.key in keys:
-            parts.append(_adopted(job, committed))
+        elif job.key in by_key:
+            parts.append(_adopted(job, by_key[job.key]))
         else:
             continue
         names.setdefault(job.key, job.run.name)

@@ -15,6 +15,7 @@ from mlrpl.comparison import headline
 from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.data.grid import other_voxels
+from mlrpl.data_report import SPLITS
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
 from mlrpl.locks import holder, locked
@@ -58,6 +59,8 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
+    if store.index["split"] == "seeded":
+        print(f"  the split is {SPLITS['seeded']}")
     for each in store.index["rejected"]:
         print(f"  left out: {each['problem']}")
     for advice in _advice(place):

@@ -159,7 +159,8 @@ class Workplace:
             method = find_method(run.method)
             audited, (_, unlabelled) = bool(run.audit_every), method.batch_sizes(run.settings)
             if (network := repr((run.method, run.options, run.settings, audited))) not in built:
-                decoders = build(run, self.store.channels, len(self.store.classes)).network.decoders
+                network_of_run = build(run, self.store.channels, len(self.store.classes)).network
+                decoders = getattr(network_of_run, "decoders", (None,))  # a network of one's own may have none
                 if audited and (len(decoders) < 2 or not unlabelled):
                     lacking = "no unlabelled volumes" if len(decoders) > 1 else "one decoder"
                     raise StudyError(
@@ -185,14 +186,23 @@ class Workplace:
             jobs.append(job)
         return jobs
 
-    def job(self, name: str) -> Job:
+    def job(self, name: str, key: str | None = None) -> Job:
         """The run of that name.
 
+        Args:
+            name: of the run.
+            key: what another process, which this one is a part of, took for its key.
+
         Raises:
-            StudyError: if the study has none.
+            StudyError: if the study has none, or it has another key by now.
         """
         for job in self.jobs:
             if job.run.name == name:
+                if key is not None and key != job.key:
+                    raise StudyError(
+                        f"run {name}: the study's file, its data or the method's code has changed since this command "
+                        "began; what was trained before is of no use now: type the command again"
+                    )
                 return job
         raise StudyError(
             f"study {self.study.name} has no run {name!r}: it has {', '.join(j.run.name for j in self.jobs)}"
@@ -221,6 +231,7 @@ class Workplace:
                 trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
                 facts = trainer.train(watch)
                 job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
+                (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # the largest file, of no more use
         return job
 
     @contextmanager
@@ -253,7 +264,9 @@ class Workplace:
 
 
 def chosen(place: Workplace, only: str | None) -> list[Job]:
-    """Jobs whose run's name holds one of the texts, which commas separate; all without any.
+    """Jobs whose run's name holds one of the texts, which commas separate, as whole parts; all without any.
+
+    "vnet-8" is in "vnet-8-s0" but not in "vnet-80-s0".
 
     Raises:
         StudyError: if there is none.
@@ -261,7 +274,7 @@ def chosen(place: Workplace, only: str | None) -> list[Job]:
     if not only:
         return place.jobs
     texts = [text.strip() for text in only.split(",") if text.strip()]
-    jobs = [job for job in place.jobs if any(text in job.run.name for text in texts)]
+    jobs = [job for job in place.jobs if any(f"-{text}-" in f"-{job.run.name}-" for text in texts)]
     if not jobs:
         known = ", ".join(dict.fromkeys(f"{job.run.variant}-{job.run.labelled}" for job in place.jobs))
         raise StudyError(f"study {place.study.name} has no run with {only!r} in its name: it has {known}")

@@ -6,6 +6,7 @@ labelled, seed, …``. Titles are printed in the order in which ``runs`` brings 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -318,8 +319,9 @@ def cost(runs: pd.DataFrame, volumes: Mapping[str, tuple[int, int]]) -> pd.DataF
             "Measured on": table["device"],
             "Peak memory (MB)": table["peak_memory_mb"].map("{:.0f}".format),
             "Parameters": table["parameters"].map("{:,}".format),
-            "Volumes through encoders": [str(volumes[first[title]][0]) for title in table["title"]],
-            "Volumes through decoders": [str(volumes[first[title]][1]) for title in table["title"]],
+            # A network of one's own may have neither part.
+            "Volumes through encoders": [str(volumes[first[title]][0] or "—") for title in table["title"]],
+            "Volumes through decoders": [str(volumes[first[title]][1] or "—") for title in table["title"]],
         }
     )
 
@@ -393,10 +395,17 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join([line(header), line(rule), *map(line, body)]) + "\n"
 
 
+def _greek(letter: str) -> str:
+    name = unicodedata.name(letter).split()[-1].replace("LAMDA", "LAMBDA").capitalize()
+    return name if letter.isupper() else name.lower()
+
+
 # What LaTeX does not know as a letter of its own.
 LATEX = {
     "—": "--", "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "<": "$<$",
-    ">": "$>$", "…": r"\dots{}", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "τ": r"$\tau$", "→": r"$\to$",
+    ">": "$>$", "…": r"\dots{}", "→": r"$\to$", "≈": r"$\approx$", "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}", "²": "$^2$", "³": "$^3$",
+    **{letter: f"$\\{_greek(letter)}$" for letter in "αβγδεζηθικλμνξπρστφχψωΓΔΘΛΞΠΣΦΨΩ"},
 }  # fmt: skip
 
 
@@ -412,6 +421,7 @@ def to_latex(table: pd.DataFrame) -> str:
 
 def _latex(text: str) -> str:
     escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    escaped = re.sub(r"(?<![\w.])-(?=\d)", "−", escaped)  # a minus, no hyphen
     return "".join(LATEX.get(letter, letter) for letter in escaped)
 
 

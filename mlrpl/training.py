@@ -301,7 +301,8 @@ class Trainer:
             self.method.compile_parts()
         self.optimise = Optimisation(self.method, self.optimizer, self.scaler, self.precision, device)
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None
-        self.log = Log(folder / "log.csv", LOG_COLUMNS, self.iteration, board)
+        columns = tuple(dict.fromkeys((*LOG_COLUMNS, *self.method.terms)))
+        self.log = Log(folder / "log.csv", columns, self.iteration, board)
         self.check_log = Log(folder / "checks.csv", CHECK_COLUMNS, self.iteration, board)
         self.logs = [self.log, self.check_log]
         self.audit = self._make_audit() if run.audit_every else None
@@ -473,11 +474,10 @@ class Trainer:
 
     def _diverged(self, what: str) -> StudyError:
         """The iteration named is the first with a bad loss, which may be some before the one that noticed it."""
-        bad = (row["iteration"] for row in self.log.waiting if not math.isfinite(row["total"]))
-        return StudyError(
-            f"run {self.run.name}: {what} at iteration {next(bad, self.iteration)}; the last good checkpoint is kept; "
-            "try a lower learning_rate, or precision: float32"
-        )
+        bad = next((row["iteration"] for row in self.log.waiting if not math.isfinite(row["total"])), self.iteration)
+        kept = "the last good checkpoint is kept; " if (self.folder / "checkpoint.pt").exists() else ""
+        advice = "try a lower learning_rate, or precision: float32" if bad > 1 else "look at the method's loss"
+        return StudyError(f"run {self.run.name}: {what} at iteration {bad}; {kept}{advice}")
 
     def _watch(
         self, terms: dict[str, Any], first: int, elapsed: float, watch: Callable[[Progress], None] | None

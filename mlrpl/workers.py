@@ -74,7 +74,7 @@ def run_all(
                 slots.append(worker.slot)
                 worker.bar.close()
                 took = duration(time.monotonic() - worker.started)
-                if worker.process.returncode == 0:
+                if worker.process.returncode == 0 and worker.job.executed:
                     tqdm.write(f"  {worker.job.run.name}: finished in {took}")
                 else:
                     failures[worker.job.run.name] = last_line(worker.job.folder / WORKER_LOG)
@@ -138,7 +138,7 @@ def command_line(command: str, place: Workplace, *arguments: str) -> list[str]:
 def run_command(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> list[str]:
     """The command line that executes one run, here or in a scheduler's job."""
     options = [*(["--device", device] if device else []), *["--tensorboard"] * tensorboard]
-    return [*command_line("run", place, job.run.name), *options]
+    return [*command_line("run", place, job.run.name), "--key", job.key, *options]
 
 
 def run_environment(job: Job) -> dict[str, str]:

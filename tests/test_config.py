@@ -9,7 +9,7 @@ import yaml
 
 from mlrpl.config import Run, Settings, Study, load_study, study_names
 from mlrpl.errors import StudyError
-from mlrpl.methods import METHODS, Method, build, find_method, result_version
+from mlrpl.methods import METHODS, Method, build, find_method
 
 STUDY = {
     "name": "small",
@@ -262,17 +262,6 @@ def test_a_method_of_ones_own_is_found_beside_the_study(tmp_path, monkeypatch):
     Path(tmp_path / "own.yaml").write_text(json.dumps({**STUDY, "runs": [own]}), encoding="utf-8")
     (run, *_) = load_study(str(tmp_path / "own.yaml")).runs()
     assert find_method(run.method) is METHODS["vnet"]
-
-
-def test_an_edited_method_of_ones_own_has_another_version(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    text = "from mlrpl.methods import Method\nclass Mine(Method):\n    pass\n"
-    versions = []
-    for name, body in {"first": text, "same": text, "edited": text + "# edited\n"}.items():
-        Path(tmp_path / f"my_{name}_method.py").write_text(body, encoding="utf-8")
-        versions.append(result_version(find_method(f"my_{name}_method:Mine")))
-    assert versions[0] == versions[1] != versions[2]
-    assert {name: result_version(method) for name, method in METHODS.items()} == dict.fromkeys(METHODS, 1)
 
 
 def test_a_method_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ import mlrpl.reproduce
 from mlrpl.comparison import case_views
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST
+from mlrpl.execution import execute_run
 from mlrpl.files import read_json
 from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
@@ -465,6 +466,9 @@ def test_only_chooses_by_any_of_several_texts(place):
     assert place("vnet,mlrpl", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
     assert place("s0,nothing", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
     assert place(" mlrpl ,", settings=settings) == ["mlrpl-1-s0"]
+    assert place("1-s0", settings=settings) == ["vnet-1-s0", "mlrpl-1-s0"]
+    with pytest.raises(StudyError, match="no run with 'mlrpl-1-s'"):  # or "vnet-8" would be "vnet-80" too
+        place("mlrpl-1-s", settings=settings)
     with pytest.raises(StudyError, match="no run with 'nothing' in its name: it has vnet-1, mlrpl-1"):
         place("nothing", settings=settings)
 
@@ -512,6 +516,38 @@ def test_adopted_rows_are_taken_as_finished_and_marked(tiny, tmp_path):
     before = files(folder / "results")
     assert "nothing to do" in reproduce("tiny.yaml", "--adopt", cwd=folder)
     assert files(folder / "results") == before
+
+
+def test_a_copy_adopts_what_the_original_has_committed(tiny, tmp_path):
+    folder = tiny.copy(tmp_path, "results")
+    write(folder, {**TINY, "name": "copied", "audit": None})
+    said = reproduce("copied.yaml", "--adopt", cwd=folder)
+    assert "adopted from results/tiny/: vnet-1-s0, mlrpl-1-s0" in said
+    first, copied = (Results.load(folder / "results" / name) for name in ("tiny", "copied"))
+    assert set(copied.metrics["study"]) == {"copied"}
+    pd.testing.assert_frame_equal(copied.metrics.drop(columns="study"), first.metrics.drop(columns="study"))
+    assert copied.runs["adopted"].all()
+
+
+def test_results_of_a_packaged_study_are_not_lost_to_one_of_its_name(tiny, tmp_path, monkeypatch):
+    folder = tiny.copy(tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("mlrpl.reproduce.study_names", lambda: ["tiny"])
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")  # it has all that is there
+    write(folder, {**TINY, "runs": TINY["runs"][:1]})
+    with pytest.raises(
+        StudyError, match="results/tiny/ holds 1 run that this study does not have"
+    ):
+        mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
+
+
+def test_a_run_that_changed_while_its_command_was_under_way_is_refused(place):
+    place(runs=[{**TINY["runs"][1], "options": {"gamma": 0.4}}])
+    at = Workplace("tiny.yaml")
+    assert at.job("mlrpl-1-s0", at.jobs[0].key) == at.jobs[0]
+    with pytest.raises(StudyError, match="run mlrpl-1-s0: the study's file, its data or the method's code has changed"):
+        execute_run(at, "mlrpl-1-s0", "cpu", key="0123456789abcdef")
+    assert not at.jobs[0].folder.exists()
 
 
 def test_only_rows_of_the_same_key_are_adopted(place):

@@ -72,6 +72,25 @@ def write_list(path, cases):
     path.write_text("".join(f"{case}\n" for case in cases))
 
 
+def test_cases_and_folders_that_are_links_are_found(la, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for folder in (la / CASES).iterdir():
+        (linked / folder.name).symlink_to(folder)
+    (linked / "again").symlink_to(linked)  # a loop
+    for name in ("train.list", "test.list"):
+        (linked / name).symlink_to(la / name)
+    stores = [prepared("la", root, tmp_path / f"store-{root.name}") for root in (la, linked)]
+    assert stores[0].fingerprint == stores[1].fingerprint
+
+
+@pytest.mark.parametrize("there", ["train", "test"])
+def test_one_list_without_the_other_is_a_mistake(la, tmp_path, there):
+    other = {"train": "test", "test": "train"}[there]
+    (la / f"{other}.list").rename(la / f"{other[:-1]}.list")
+    refused("la", la, tmp_path, f"{there}.list is there, but no {other}.list beside it")
+
+
 def test_la_is_taken_as_it_is(la, tmp_path):
     store = prepared("la", la, tmp_path / "store")
     assert store.ids("train") == ["case4", "case1", "case3", "case0"]

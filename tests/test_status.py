@@ -128,17 +128,17 @@ def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
 
 def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):
     asked = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     monkeypatch.setattr(sys, "argv", ["mlrpl", "cancel", "stands.yaml"])
     place.runs.mkdir(parents=True)
     try:
         with locked(place.runs, "busy"), pytest.raises(SystemExit, match="0"):
             cli.main()
-        assert asked == [signal.SIGINT]
+        assert asked == [signal.SIGTERM]  # a script's background commands do not hear SIGINT
         with pytest.raises(SystemExit, match="0"):
             cli.main()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, previous)
     told = capfd.readouterr().out.splitlines()
     assert told[0].startswith("asked to end: process ")
     assert told[1] == "study stands: nothing is queued or running"

@@ -323,6 +323,13 @@ def test_latex_is_escaped_and_set_with_rules():
     )
 
 
+def test_latex_of_powers_minus_signs_and_greek_letters():
+    table = pd.DataFrame({"Method": ["U-Net^2", "λ = 0.1 ~ Δ"], "Difference": ["-0.93 [-1.32, -0.62]", "0.10"]})
+    text = to_latex(table)
+    assert r"U-Net\textasciicircum{}2 & $-$0.93 [$-$1.32, $-$0.62]" in text
+    assert r"$\lambda$ = 0.1 \textasciitilde{} $\Delta$" in text
+
+
 def test_latex_of_the_whole_comparison_has_no_letter_that_latex_lacks(metrics, runs, tmp_path):
     save(formatted(comparison(metrics, runs, PAPER)), tmp_path, "comparison")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".md", ".tex"]

@@ -17,6 +17,7 @@ from pydantic import Field
 from mlrpl.data.bounds import H5_ERRORS, read_h5
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Options, Raw, Rejected
+from mlrpl.data.volumes import below
 from mlrpl.errors import StudyError
 
 LISTS = (".list", ".txt")
@@ -91,7 +92,7 @@ class Benchmark:
 def by_case(root: Path, pattern: str, case: Callable[[Path], str]) -> dict[str, str]:
     """Files below the root by the name of their case; StudyError where one case has two."""
     files: dict[str, str] = {}
-    for path in sorted(root.rglob(pattern)):
+    for path in below(root, pattern):
         if path.name.startswith("."):
             continue
         name, found = path.relative_to(root).as_posix(), case(path.absolute())
@@ -146,6 +147,12 @@ def _published(root: Path, files: Files) -> dict[str, list[str]] | None:
             lists = {split: path for split, path in lists.items() if path.is_file()}
             if {"train", "test"} <= lists.keys():
                 return _listed(lists, files)
+            if there := {"train", "test"} & lists.keys():
+                (lacks,) = {"train", "test"} - there
+                raise StudyError(
+                    f"{lists[there.pop()].name} is there, but no {lacks}{suffix} beside it: add it, or remove the one "
+                    "list for a split drawn from a seed"
+                )
     return None
 
 

@@ -21,7 +21,7 @@ from mlrpl.data.dicom import read_dicom
 from mlrpl.data.grid import Geometry, difference, to_patient_axes
 from mlrpl.data.preparation import Preparation, Prepared, Window, moments, z_score
 from mlrpl.data.source import Entry, Raw
-from mlrpl.data.volumes import read_nifti
+from mlrpl.data.volumes import below, read_nifti
 from mlrpl.errors import StudyError
 
 LOW, HIGH = -125, 275  # HU
@@ -54,7 +54,7 @@ class Pancreas(Benchmark):
         labels = by_case(root, "label*.nii*", lambda path: re.sub(r"\D", "", path.name.split(".")[0]))
         folders = {
             re.sub(r"\D", "", path.name): path.relative_to(root).as_posix()
-            for path in sorted(root.rglob("PANCREAS_*"))
+            for path in below(root, "PANCREAS_*")
             if path.is_dir()
         }
         for number in sorted(labels.keys() ^ folders.keys()):

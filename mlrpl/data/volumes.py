@@ -1,8 +1,10 @@
 """Volumes as files: NIfTI, NRRD and folders of DICOM slices; axes x, y, z as in the file, with their geometry."""
 
+import fnmatch
 import gzip
 import hashlib
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,6 +155,19 @@ def ending(name: str) -> str:
 def without_ending(name: str) -> str:
     """A volume's file name without its ending, however that is written."""
     return name[: len(name) - len(ending(name))]
+
+
+def below(root: Path, pattern: str) -> list[Path]:
+    """Files and folders of that name pattern anywhere below the root, sorted; also through links, no folder twice."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in (*folders, *files) if fnmatch.fnmatchcase(name, pattern)]
+    return sorted(found)
 
 
 def size(path: Path) -> int:

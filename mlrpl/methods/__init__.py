@@ -1,12 +1,11 @@
 """The methods by name; one file each. A method of one's own is named "module:Class" in a study."""
 
-import hashlib
-import importlib
-import inspect
 from typing import Any
 
 import torch
+from torch import nn
 
+from mlrpl import own_code
 from mlrpl.config import Run
 from mlrpl.data import Batch
 from mlrpl.errors import StudyError
@@ -56,9 +55,11 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     module, _, attribute = name.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), attribute) if attribute else None
+        found: Any = getattr(own_code.load(module), attribute) if attribute else None
     except (ImportError, AttributeError) as error:
         raise StudyError(f"method {name!r}: {error}") from None
+    except Exception as error:  # whatever is wrong in a file of one's own
+        raise StudyError(f"method {name!r}: {type(error).__name__}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise StudyError(f'no method {name!r}: choose one of {", ".join(METHODS)}, or name your own as "module:Class"')
     return found
@@ -67,12 +68,14 @@ def find_method(name: str) -> type[Method]:
 def result_version(method: type[Method]) -> int | str:
     """What a run's key holds of a method's code.
 
-    A method's own `result_version`; a method of one's own that sets none is versioned by its file's text, so that an
-    edited method never passes for a finished one.
+    A method's own `result_version`; a method of one's own that sets none is versioned by its code
+    (`mlrpl.own_code.version`) and the versions of the methods that it extends: an edited method never passes for a
+    finished one.
     """
     if "result_version" in vars(method) or method in METHODS.values():
         return method.result_version
-    return hashlib.sha256(inspect.getsource(inspect.getmodule(method)).encode()).hexdigest()[:16]
+    extended = [base.result_version for base in method.__mro__ if base in METHODS.values()]
+    return own_code.version(method, extended)
 
 
 def as_read(run: Run) -> dict[str, Any]:
@@ -94,10 +97,19 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
         raise StudyError(f"run {run.name}: {run.method} has no option {sorted(unknown)[0]!r} (it has: {known})")
     if method.needs_unlabelled and not run.settings.batch[1]:
         raise StudyError(f"run {run.name}: {run.method} learns from unlabelled volumes, and batch has none")
+    if "decoder1" not in method.outputs or not set(method.outputs) <= set(OUTPUTS):
+        raise StudyError(
+            f"run {run.name}: outputs of {run.method} are {', '.join(method.outputs) or 'none'}: decoder1 must be "
+            f"among them, and none but {', '.join(OUTPUTS)}"
+        )
     try:
         built = method(run.settings, in_channels, num_classes, **run.options)
     except (TypeError, ValueError) as error:
         raise StudyError(f"run {run.name}: {error}") from None
+    except Exception as error:  # whatever is wrong in a method of one's own
+        raise StudyError(f"run {run.name}: {run.method}: {type(error).__name__}: {error}") from None
+    if not isinstance(getattr(built, "network", None), nn.Module):
+        raise StudyError(f"run {run.name}: {run.method} sets no self.network")
     if run.settings.normalisation == "instance":
         normalise_instances(built)
     return built
@@ -109,7 +121,7 @@ def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, i
     Counted in a step on a small patch, of two voxels at the bottleneck, since one alone cannot be normalised; passes
     without gradient, such as a teacher's, count too.
     """
-    settings = run.settings.model_copy(update={"patch": (2 * STRIDE, STRIDE, STRIDE), "filters": 2})
+    settings = run.settings.model_copy(update={"patch": (2 * STRIDE, STRIDE, STRIDE)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         method = build(run.model_copy(update={"settings": settings}), in_channels, num_classes).train()

@@ -38,6 +38,7 @@ class Method(nn.Module):
         uses_unlabelled: False for a method whose batches are all labelled.
         needs_unlabelled: False for a method that also trains on a `batch` without unlabelled volumes.
         outputs: what `predict` offers, of `OUTPUTS`.
+        terms: of its loss, what log.csv has beside those that all methods have.
         unused_settings: of `Settings`, what the method never reads: changing it is no reason to train again.
         replayable: whether a step is the same work in every iteration, so that a GPU may record and replay it. Of what
             changes, `loss` and `after_step` then use the batch, numbers from `scheduled` (such as `beta`), and draws
@@ -54,10 +55,16 @@ class Method(nn.Module):
     uses_unlabelled: ClassVar[bool] = True
     needs_unlabelled: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = OUTPUTS
+    terms: ClassVar[tuple[str, ...]] = ()
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     replayable: ClassVar[bool] = False
     network: VNet
     compiled = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What one class says of its step holds for no other: a method that extends it must say so itself."""
+        super().__init_subclass__(**kwargs)
+        cls.replayable = vars(cls).get("replayable", False)
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -67,9 +74,16 @@ class Method(nn.Module):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """The method's own options and their defaults."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        """The method's own options and their defaults, those of the method that it extends too if it takes **them."""
+        found: dict[str, Any] = {}
+        for base in cls.__mro__:
+            if "__init__" not in vars(base):
+                continue
+            parameters = inspect.signature(base.__init__).parameters.values()
+            found = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} | found
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break  # else it hands options on
+        return found
 
     @classmethod
     def batch_sizes(cls, settings: Settings) -> tuple[int, int]:
@@ -106,10 +120,10 @@ class Method(nn.Module):
         return self.scheduled("beta", step)
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Named terms of the loss; "total" is minimised, the others are logged.
+        """Named terms of the loss, scalars; "total" is minimised.
 
-        Terms that every method should log where it has them: "supervised", "mutual" (or its own consistency, by the
-        same name so that curves can be compared), "beta", "pseudo_foreground", "dice".
+        Logged are, where a method has them, "supervised", "mutual" (or its own consistency, by the same name so that
+        curves can be compared), "beta", "pseudo_foreground", "dice", and what the class names in `terms`.
         """
         raise NotImplementedError
 

@@ -56,3 +56,4 @@ class MCNetPlus(MCNet):
     """MC-Net+: a third decoder, nearest-neighbour interpolation."""
 
     upsamplings: ClassVar[tuple[str, ...]] = ("deconv", "trilinear", "nearest")
+    replayable: ClassVar[bool] = True

@@ -63,7 +63,7 @@ class MLRPL(Method):
     def compile_parts(self, **options: Any) -> None:
         """As every method's, and the mutual loss."""
         super().compile_parts(**options)
-        self.mutual_loss = torch.compile(mutual_loss, dynamic=False, **options)
+        self.mutual_loss = torch.compile(self.mutual_loss, dynamic=False, **options)  # a subclass may have its own
 
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """γ L_sup + β L_mut. The mutual loss is measured in the control too, where β is 0."""
