@@ -36,7 +36,7 @@ help:  ## this list
 	@echo "  DATASET=       for make data: hippocampus, heart; la, pancreas, brats: where to register"
 	@echo "  JOBS=          runs at a time (results do not depend on it); default: one a core, at most 4, or one a GPU"
 	@echo "  DEVICE=        cpu, cuda, cuda:1 ...; default: a GPU where there is one"
-	@echo "  ONLY=          only the runs with one of these texts (a,b) in their name"
+	@echo "  ONLY=          only the runs with one of these (a,b) in their name"
 	@echo "  ENGINE=slurm   queue the runs on a cluster; with PARTITION, GPUS (a run), TIME, MEMORY, ACCOUNT, QOS"
 	@echo "  ADOPT=1        take committed results with the same key as finished"
 	@echo "  LAB=           options for jupyter lab"

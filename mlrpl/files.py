@@ -38,6 +38,12 @@ def remove_temporary(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def copy_whole(source: Path, destination: Path) -> None:
+    """Copy a file's content atomically."""
+    with atomic(destination) as partial:
+        shutil.copyfile(source, partial)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     with atomic(path) as partial:

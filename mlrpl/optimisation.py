@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlrpl.data import Batch
 from mlrpl.errors import StudyError
+from mlrpl.memory import is_exhaustion
 from mlrpl.methods import Method, Step
 from mlrpl.precision import Precision
 
@@ -191,8 +192,16 @@ class Optimisation:
         self.optimizer.zero_grad(set_to_none=True)
         # Threads that crop the next batches pin memory meanwhile: only this thread's calls are part of the recording.
         # Before it PyTorch waits for the current GPU, which need not be this one.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            self.terms = self._optimise(self.batch, step)
+        try:
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                self.terms = self._optimise(self.batch, step)
+        except RuntimeError as error:
+            if is_exhaustion(error):
+                raise
+            raise StudyError(
+                f"a step of {type(self.method).__name__} cannot be recorded ({str(error).splitlines()[0]}): "
+                "set replayable = False"
+            ) from error

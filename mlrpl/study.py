@@ -23,14 +23,15 @@ from typing import Any
 
 import pandas as pd
 
+from mlrpl import own_code
 from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
-from mlrpl.files import read_json, read_rows, write_json
+from mlrpl.files import copy_whole, read_json, read_rows, write_json
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
-from mlrpl.methods import build, find_method, result_version
+from mlrpl.methods import METHODS, build, find_method, result_version
 from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
@@ -231,6 +232,8 @@ class Workplace:
                 trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
                 facts = trainer.train(watch)
                 job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
+                for file in [] if job.run.method in METHODS else own_code.files(find_method(job.run.method)):
+                    copy_whole(file, job.folder / "code" / file.name)
                 (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # the largest file, of no more use
         return job
 

@@ -1,6 +1,5 @@
 """A study's report: its page, the executed notebooks as pages, what is kept with them, and the overview of all."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.execution import execute, notebook_parameters
 from mlrpl.explore import explorable
-from mlrpl.files import atomic, read_json, read_rows, remove_temporary, write_json
+from mlrpl.files import copy_whole, read_json, read_rows, remove_temporary, write_json
 from mlrpl.locks import locked
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
@@ -103,8 +102,7 @@ def _keep_predictions(place: Workplace, found: Results) -> None:
             path.unlink()
     for job in place.jobs:
         if job.run.name in shown and (job.folder / PREDICTIONS).exists():
-            with atomic(folder / f"{job.run.name}.npz") as partial:
-                shutil.copyfile(job.folder / PREDICTIONS, partial)
+            copy_whole(job.folder / PREDICTIONS, folder / f"{job.run.name}.npz")
 
 
 def _described(job: Job) -> dict[str, Any]:

@@ -59,6 +59,8 @@ OWN_METHODS = """
 import os
 import time
 from mlrpl import training
+from torch import nn
+from mlrpl.methods import Method
 from mlrpl.methods.mlrpl import MLRPL
 
 PAUSE = float(os.environ.get("PAUSE", 0))
@@ -66,6 +68,8 @@ if PAUSE:
     training.CHECKPOINT_SECONDS = float(os.environ.get("EVERY", -1))
 
 class Own(MLRPL):
+    terms = ("sharpened",)
+
     def __init__(self, settings, in_channels, num_classes, sharpness: float = 2.0):
         super().__init__(settings, in_channels, num_classes, weighting="none")
         self.sharpness = sharpness
@@ -73,12 +77,28 @@ class Own(MLRPL):
     def loss(self, batch, step):
         time.sleep(PAUSE)
         terms = super().loss(batch, step)
-        terms["total"] = terms["supervised"] ** self.sharpness
+        terms["total"] = terms["sharpened"] = terms["supervised"] ** self.sharpness
         return terms
 
 class Broken(MLRPL):
     def loss(self, batch, step):
         raise RuntimeError("this method is broken\\nand says so on two lines")
+
+class Plain(Method):
+    outputs = ("decoder1",)
+
+    def __init__(self, settings, in_channels, num_classes):
+        super().__init__(settings, in_channels, num_classes)
+        self.network = nn.Sequential(
+            nn.Conv3d(in_channels, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv3d(8, num_classes, 1)
+        )
+
+    def loss(self, batch, step):
+        loss = nn.functional.cross_entropy(self.network(batch.image)[: len(batch.label)].float(), batch.label.long())
+        return {"total": loss, "supervised": loss}
+
+    def predict(self, image, outputs):
+        return [self.network(image).float().softmax(1)]
 """
 # The README's: a file, and a line of a study.
 TENTH = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("tenth method", 1)[1]
@@ -91,6 +111,7 @@ OWN = {
         {"variant": "broken", "method": "own_methods:Broken", "title": "Broken", "labelled": 1},
         {"variant": "own", "method": "own_methods:Own", "title": "Own", "labelled": 1, "options": {"sharpness": 1.5}},
         {**ENTROPY_RUN, "labelled": 1},
+        {"variant": "plain", "method": "own_methods:Plain", "title": "Plain", "labelled": 1},
     ],
 }  # fmt: skip
 REPORTS = ("04-compare", "06-reliability", "07-explore")
@@ -534,10 +555,8 @@ def test_results_of_a_packaged_study_are_not_lost_to_one_of_its_name(tiny, tmp_p
     monkeypatch.chdir(folder)
     monkeypatch.setattr("mlrpl.reproduce.study_names", lambda: ["tiny"])
     mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")  # it has all that is there
-    write(folder, {**TINY, "runs": TINY["runs"][:1]})
-    with pytest.raises(
-        StudyError, match="results/tiny/ holds 1 run that this study does not have"
-    ):
+    write(folder, {**TINY, "runs": TINY["runs"][1:]})
+    with pytest.raises(StudyError, match="results/tiny/ holds 1 run that this study does not have"):
         mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
 
 
@@ -589,16 +608,17 @@ def test_a_sitting_that_does_some_runs_keeps_the_rows_and_pictures_of_the_others
 def test_a_failing_run_is_listed_and_the_others_go_on(own):
     """The other one, a method defined outside the package, is trained and reported."""
     assert "1 run failed" in own.said
-    reason = "broken-1-s0: RuntimeError: this method is broken (see 02-train.failed.ipynb)"
-    assert own.said.rstrip().splitlines()[-1].strip() == reason
     failed = run_folder(own.folder, "broken-1-s0")
+    line = next(n for n, text in enumerate(OWN_METHODS.splitlines(), 1) if "this method is broken" in text)
+    where = f"(own_methods.py, line {line}) (see {failed.relative_to(own.folder)}/02-train.failed.ipynb)"
+    assert own.said.rstrip().splitlines()[-1].strip() == f"broken-1-s0: RuntimeError: this method is broken {where}"
     assert not (failed / "last.pt").exists()
     assert not (failed / "02-train.ipynb").exists()
     assert "this method is broken" in (failed / "02-train.failed.ipynb").read_text(encoding="utf-8")
     results = Results.load(own.folder / "results/own")
-    assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0"]
-    assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation"}
-    assert "2 of 3 runs finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0", "plain-1-s0"]
+    assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation", "own_methods:Plain"}
+    assert "3 of 4 runs finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 
@@ -606,6 +626,13 @@ def test_a_method_from_outside_trains_with_its_options(own):
     log = pd.read_csv(run_folder(own.folder, "own-1-s0") / "log.csv")
     assert len(log) == 30
     assert list(log["total"]) == pytest.approx(list(log["supervised"] ** 1.5), rel=1e-5)
+    assert log["sharpened"].equals(log["total"])
+
+
+def test_a_finished_run_keeps_the_code_of_a_method_from_outside_and_no_checkpoint(own):
+    folder = run_folder(own.folder, "own-1-s0")
+    assert (folder / "code/own_methods.py").read_text() == OWN_METHODS
+    assert not (folder / "checkpoint.pt").exists()
 
 
 def test_the_readmes_tenth_method_is_compared_with_the_others(own):
@@ -613,7 +640,7 @@ def test_the_readmes_tenth_method_is_compared_with_the_others(own):
     assert log["mutual"].between(0, math.log(2)).all()
     assert list(log["total"]) == pytest.approx(list(log["supervised"] + 0.2 * math.exp(-5) * log["mutual"]), rel=1e-5)
     rows = [row.split("|")[2].strip() for row in own.said.splitlines() if row.startswith("|")]
-    assert rows[2:] == ["Own", "Own", "Entropy"]  # with one decoder there is no mean of several
+    assert rows[2:] == ["Own", "Own", "Entropy", "Plain"]  # with one decoder there is no mean of several
 
 
 @pytest.mark.fault("kill -9 of the whole command")
