@@ -22,6 +22,7 @@ from mlrpl.tables import comparison, per_seed, two_decimals, with_interval
 LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
+FEW = {2: "Two", 3: "Three"}  # seeds
 REFERENCE = "MLRPL"
 REACH = 20  # points of Dice up to which the figure of differences is linear throughout
 LINEAR = 5  # and, where a method is further off, in its middle
@@ -209,8 +210,8 @@ def limits(table: pd.DataFrame) -> str:
     elif (table["seeds"] == 1).any():
         alone = _named(table, table["seeds"] == 1)
         said.append(f"With one seed ({alone}) a difference may be the seed's.")
-    if len(table) and table["seeds"].max() in (2, 3):
-        said.append(f"{table['seeds'].max()} seeds are too few to tell how far seeds spread.")
+    if len(table) and (few := FEW.get(table["seeds"].max())):
+        said.append(f"{few} seeds are too few to tell how far seeds spread.")
     apart = (table["difference_low"] > 0) | (table["difference_high"] < 0)
     divided = apart & table["higher"].between(0, table["common"], inclusive="neither")
     if divided.any():

@@ -152,7 +152,7 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     assert text["Seeds above"].tolist() == ["0 of 2", "0 of 2", "—"]
     assert text["Runs"].iloc[1] == "parts-hr-4-s0, s1"
     rows = rows.reset_index()
-    assert "2 seeds are too few" in caution(rows, found.runs)
+    assert "Two seeds are too few" in caution(rows, found.runs)
     assert "With one seed (CE)" in caution(rows.assign(seeds=[1, 3, 3]), found.runs)
     assert "precision" not in caution(rows, found.runs)
     on_gpu = found.runs["run"] == "parts-hr-4-s0"
