@@ -35,7 +35,7 @@ the published code evaluates. **s0**, **s1**: runs with the seeds 0 and 1. **Dic
 reference. **95HD**: 95th percentile of the distances between the two surfaces, both ways; **ASD**: mean distance from
 the predicted surface to the reference's. **AUROC**: how often a right pseudo-label has the higher weight of a right and
 a wrong one. In the list of runs, **key** stands for settings, data and version of the method; **own** rows were made
-where this page was, **adopted** ones in an earlier sitting."""
+where this page was, **adopted** ones in another sitting, or for another study."""
 CAPTIONS = {
     "distributions": "Each dot a test case, mean over its classes and seeds, of the final weights of decoder 1; grey "
     "lines join the same case.",

@@ -39,7 +39,7 @@ def reproduce(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: the GPUs that are there.")
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only runs with one of these (a,b) in their name.")] = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in each run's folder.")] = False,
     runs: Runs = "runs",
@@ -79,7 +79,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-Only = Annotated[str | None, typer.Option(help="Only runs with one of these texts (a,b) in their name.")]
+Only = Annotated[str | None, typer.Option(help="Only runs with one of these (a,b) in their name.")]
 StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")]
 
 

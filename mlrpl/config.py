@@ -398,7 +398,7 @@ def _file(name: str) -> Any:
 
 def is_packaged(name: str) -> bool:
     """Whether `load_study` finds that study in the package."""
-    return Path(str(_file(name))).resolve().parent == Path(str(_packaged())).resolve()
+    return Path(str(_file(name))).resolve().parent == Path(__file__).resolve().parent / "studies"
 
 
 def study_names() -> list[str]:
@@ -448,7 +448,7 @@ def load_study(name: str) -> Study:
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
-    if not is_packaged(name):
+    if isinstance(file, Path):
         own_code.look_in(file.resolve().parent)
     content = _bounded_yaml(file)
     study = _validated(Study, content, f"study file {file.name}")

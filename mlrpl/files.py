@@ -44,10 +44,15 @@ def copy_whole(source: Path, destination: Path) -> None:
         shutil.copyfile(source, partial)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_rows(path: Path) -> pd.DataFrame:

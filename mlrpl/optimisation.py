@@ -66,7 +66,7 @@ def checked(method: Method, terms: Any) -> dict[str, Tensor]:
         found = ", ".join(map(str, terms)) if isinstance(terms, dict) else type(terms).__name__
         raise StudyError(f'{type(method).__name__}.loss must return a dict of terms with "total"; it returned {found}')
     for name, value in terms.items():
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise StudyError(f"{type(method).__name__}.loss: {name!r} is {what}, not a scalar tensor")
     return terms

@@ -1,9 +1,11 @@
 """Methods of one's own: where their files are found, and what of them a run's key holds.
 
-A study's file may name a method as "module:Class". The module beside that file comes before any other of its name, so
-that every process of a study, wherever it was started, finds the same one.
+A study's file may name a method as "module:Class". What lies beside that file comes before any other of its name, the
+method's module and the modules that it imports, so that every process of a study, wherever it was started, finds the
+same ones.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -16,16 +18,17 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+PACKAGE = __name__.partition(".")[0]
+
 folders: list[Path] = []  # of the study files that were read, the latest first
 
 
 def look_in(folder: Path) -> None:
-    """Find modules there from now on, also those that a method imports by itself."""
-    if folder in folders:
-        folders.remove(folder)
-    folders.insert(0, folder)
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    """Find modules there first, also those that a method imports by itself."""
+    for places, place in ((folders, folder), (sys.path, str(folder))):
+        if place in places:
+            places.remove(place)
+        places.insert(0, place)
 
 
 def load(name: str) -> ModuleType:
@@ -33,8 +36,7 @@ def load(name: str) -> ModuleType:
 
     Raises whatever its import raises.
     """
-    places = (folder.joinpath(*name.split(".")).with_suffix(".py") for folder in folders)
-    file = next((place for place in places if place.is_file()), None)
+    file = next((file for folder in folders for file in _places(folder, name)), None)
     if file is None:
         return importlib.import_module(name)
     known = sys.modules.get(name)
@@ -43,7 +45,7 @@ def load(name: str) -> ModuleType:
     alias = name if known is None else f"{name} in {file.parent}"  # a module of that name, not this one, is in use
     if alias in sys.modules:
         return sys.modules[alias]
-    _code(file)
+    _text(file)
     spec = importlib.util.spec_from_file_location(alias, file)
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
@@ -54,35 +56,54 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def files(cls: type) -> list[Path]:
-    """The files that a class's code is in: its own, its bases', and what these import from beside a study's file."""
-    mine = inspect.getmodule(cls)
-    waiting = [mine, *map(inspect.getmodule, cls.__mro__)]
-    found: set[Path] = set()
+@cache
+def texts(cls: type) -> dict[Path, str]:
+    """The code that a class is made of, by path relative to the study's folder: its file, and what that imports there.
+
+    As it was when this process first saw it, so as it was imported, whatever has been edited since.
+    """
+    found: dict[Path, str] = {}
+    waiting = [_file(inspect.getmodule(cls))]
     while waiting:
-        module = waiting.pop()
-        file = _file(module)
-        if file is None or file in found or not (module is mine or _is_own(module, file)):
-            continue
-        found.add(file)
-        for value in vars(module).values():
-            if isinstance(value, ModuleType):
-                waiting.append(value)
-            elif inspect.isclass(value) or inspect.isfunction(value):
-                waiting.append(inspect.getmodule(value))
-    return sorted(found)
+        file = waiting.pop()
+        if file is not None and file not in found:
+            found[file] = _text(file)
+            waiting += _imported(file)
+    return {_relative(file): found[file] for file in sorted(found)}
 
 
 def version(cls: type, more: Iterable[object] = ()) -> str:
-    """A hash of a class's code (:func:`files`) without comments and empty lines, and of `more`."""
-    texts = [_code(file) for file in files(cls)] or [inspect.getsource(cls)]
-    return hashlib.sha256("\0".join([*texts, *map(str, more)]).encode()).hexdigest()[:16]
+    """A hash of a class's code (:func:`texts`) without comments and empty lines, and of `more`."""
+    code = [_bare(text) for text in texts(cls).values()] or [inspect.getsource(cls)]
+    return hashlib.sha256("\0".join([*code, *map(str, more)]).encode()).hexdigest()[:16]
 
 
-def _is_own(module: ModuleType, file: Path) -> bool:
-    if module.__name__.partition(".")[0] == __name__.partition(".")[0]:
-        return False  # this package, should a study's file lie beside it
-    return file.parent in folders or file.parent.parent in folders
+def _imported(file: Path) -> list[Path]:
+    """Files beside a study's that a file imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(_text(file))):
+        if isinstance(node, ast.Import):
+            origins, names = folders, [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origins = [file.parents[node.level - 1]] if node.level else folders
+            stem = [node.module] if node.module else []
+            names = [".".join([*stem, *more]) for more in ([], *([alias.name] for alias in node.names))]
+        else:
+            continue
+        for name in names:
+            if name and name.partition(".")[0] != PACKAGE:  # this package may lie beside the study's file
+                found += next((files for folder in origins if (files := _places(folder, name))), [])
+    return found
+
+
+def _places(folder: Path, name: str) -> list[Path]:
+    """The file of a module in a folder; empty where it is not there."""
+    path = folder.joinpath(*name.split("."))
+    return [place.resolve() for place in (path / "__init__.py", path.with_suffix(".py")) if place.is_file()][:1]
+
+
+def _relative(file: Path) -> Path:
+    return next((file.relative_to(folder) for folder in folders if file.is_relative_to(folder)), Path(file.name))
 
 
 def _file(module: ModuleType | None) -> Path | None:
@@ -90,15 +111,16 @@ def _file(module: ModuleType | None) -> Path | None:
     return Path(name).resolve() if name and name.endswith(".py") else None
 
 
-@cache  # as it was when this process first saw it: a file that is edited meanwhile is not what was imported
-def _code(file: Path) -> str:
-    text = file.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT:
-                row, column = token.start
-                lines[row - 1] = lines[row - 1][:column]
-    except (tokenize.TokenError, SyntaxError):
-        pass  # its import will say what is wrong
+@cache
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def _bare(text: str) -> str:
+    """Without comments, empty lines and spaces at the end of lines: editing these is no reason to train again."""
+    lines = text.split("\n")  # as tokenize counts them
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
     return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -91,7 +91,12 @@ def to_predict_in(trained_in: str, device: torch.device) -> Precision:
 
 
 def choose_precision(
-    requested: str, network: nn.Module, patch: Sequence[int], volumes: int, device: torch.device
+    requested: str,
+    network: nn.Module,
+    patch: Sequence[int],
+    volumes: int,
+    device: torch.device,
+    channels: int = 1,
 ) -> Precision:
     """The precision to train in.
 
@@ -101,6 +106,7 @@ def choose_precision(
         patch: (x, y, z) voxels.
         volumes: of a batch.
         device: where it will be trained.
+        channels: of the image.
 
     Returns:
         float32 with a reason where the reduced precision's gradients are wrong, or a convolution does not run in it.
@@ -111,7 +117,7 @@ def choose_precision(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
-            worst, where = worst_layer(network, patch, volumes, device, getattr(torch, name))
+            worst, where = worst_layer(network, patch, volumes, device, getattr(torch, name), channels)
         except RuntimeError as error:
             if is_exhaustion(error):
                 raise
@@ -127,21 +133,25 @@ def choose_precision(
 
 
 def worst_layer(
-    network: nn.Module, patch: Sequence[int], volumes: int, device: torch.device, dtype: torch.dtype
+    network: nn.Module,
+    patch: Sequence[int],
+    volumes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int = 1,
 ) -> tuple[float, str]:
     """Largest relative error (L2, over output, input gradient and weight gradient) of any convolution, and its name.
 
     Layers of one kind and size are checked once.
     """
     shapes: dict[str, torch.Size] = {}
-    probe = copy.deepcopy(network).eval()
+    probe = copy.deepcopy(network).eval().requires_grad_()
     convolutions = {n: m for n, m in probe.named_modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.__setitem__(name, inputs[0].shape))
         for name, module in convolutions.items()
     ]
     with torch.inference_mode(), as_it_comes():
-        channels = next(iter(convolutions.values())).in_channels  # the first takes the image
         probe(torch.zeros(1, channels, *patch, device=device))
     for hook in hooks:
         hook.remove()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _reproduce(
     todo = list(pending(place, only, set(adopted)))
     runs = counted(len({job.key for job in place.jobs}), "run")
     print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
-    if store.index["split"] == "seeded":
+    if store.index["split"] == "seeded" and store.ids("test"):
         print(f"  the split is {SPLITS['seeded']}")
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")
@@ -201,9 +202,13 @@ def _summary(failures: dict[str, str], said: str) -> None:
 
 
 def _other_results(place: Workplace) -> dict[Path, Results]:
-    """By folder: what other studies have beside this one's results."""
-    folders = [path.parent for path in sorted(place.results.parent.glob("*/runs.csv"))]
-    return {folder: Results.load(folder) for folder in folders if folder != place.results}
+    """By folder: what other studies have beside this one's results, as far as it can be read."""
+    found = {}
+    for path in sorted(place.results.parent.glob("*/runs.csv")):
+        if path.parent != place.results:
+            with suppress(ValueError, OSError):  # ValueError: no table
+                found[path.parent] = Results.load(path.parent)
+    return {folder: results for folder, results in found.items() if results.whole}
 
 
 def _check_name(place: Workplace, committed: Results) -> None:

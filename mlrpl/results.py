@@ -59,6 +59,12 @@ class Results:
             frames[name] = read_rows(path) if path.exists() else pd.DataFrame()
         return cls(**frames)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the columns are there by which rows and runs are found."""
+        by_run = all("run" in frame for frame in (self.runs, self.curves, self.checks))
+        return by_run and "key" in self.runs and all({*IDENTITY} <= {*frame} for frame in (self.runs, self.metrics))
+
     def compared(self) -> "Results":
         """Without the runs that only ablations ask for: what the study's methods are compared by."""
         if "ablation" not in self.runs:  # results from before there were ablations

@@ -96,8 +96,12 @@ def submit(
 
     _require_slurm()
     record = read_json(place.runs / "slurm.json")
-    waiting = queue()
+    waiting, keys = queue(), {job.run.name: job.key for job in jobs}
     queued = {name: job for name, job in record.get("runs", {}).items() if job in waiting}
+    # What was queued before a method or a setting changed would refuse to run.
+    stale = [name for name in queued if keys.get(name) != record.get("keys", keys).get(name) and name in keys]
+    if stale:
+        _slurm("scancel", *(queued.pop(name) for name in stale))
     new = [job for job in jobs if job.run.name not in queued]
     folder, limit = place.runs / "slurm", minutes(resources.time)
 
@@ -136,7 +140,7 @@ def submit(
                     for job in part
                 ]
             queued |= {job.run.name: sent.job_id for job, sent in zip(part, submitted, strict=True)}
-            write_json(place.runs / "slurm.json", {"runs": queued, "report": record.get("report")})
+            write_json(place.runs / "slurm.json", {"runs": queued, "keys": keys, "report": record.get("report")})
         if (old := record.get("report")) and old in queue():
             _slurm("scancel", old)
         first = sorted({job.partition("_")[0] for job in queued.values()})
@@ -151,7 +155,7 @@ def submit(
         )
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise StudyError(f"Slurm refused: {' '.join(str(error).split())[-300:]}") from None
-    write_json(place.runs / "slurm.json", {"runs": queued, "report": report.job_id})
+    write_json(place.runs / "slurm.json", {"runs": queued, "keys": keys, "report": report.job_id})
     known = f", {len(queued) - len(new)} were queued before" if len(queued) > len(new) else ""
     return (
         f"{counted(len(new), 'run')} queued as Slurm job {', '.join(first) or '—'}{known}; report: job {report.job_id}"

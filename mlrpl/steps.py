@@ -59,7 +59,7 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
-    if store.index["split"] == "seeded":
+    if store.index["split"] == "seeded" and store.ids("test"):
         print(f"  the split is {SPLITS['seeded']}")
     for each in store.index["rejected"]:
         print(f"  left out: {each['problem']}")

@@ -28,7 +28,7 @@ from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
-from mlrpl.files import copy_whole, read_json, read_rows, write_json
+from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, build, find_method, result_version
@@ -103,6 +103,7 @@ class Workplace:
     def __init__(self, study: str, runs: str = "runs", results: str = "results", data: str | None = None) -> None:
         self.given = relative(study)
         self.study: Study = load_study(study)
+        self.beside = own_code.folders[0]  # the study's file: where methods of one's own are found
         self.root = Path(relative(runs))
         self.runs = self.root / self.study.name
         self.results = Path(relative(results)) / self.study.name
@@ -146,6 +147,7 @@ class Workplace:
             StudyError: for an unknown method or option, more labelled cases than there are, no test cases, or mm
                 without spacing.
         """
+        own_code.look_in(self.beside)  # another study may have been read since
         if self.study.distances == "mm" and not self.store.real_spacing:
             raise StudyError(f"study {self.study.name}: {self.store.name} has no known spacing: set distances: voxels")
         if not (self.study.folds or self.store.ids("test")):
@@ -202,7 +204,7 @@ class Workplace:
                 if key is not None and key != job.key:
                     raise StudyError(
                         f"run {name}: the study's file, its data or the method's code has changed since this command "
-                        "began; what was trained before is of no use now: type the command again"
+                        "began; undo it, or type the command again to train it as it is now"
                     )
                 return job
         raise StudyError(
@@ -229,17 +231,19 @@ class Workplace:
             if not job.finished("train"):
                 write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
                 data = self.data_of(job.run)
+                if job.run.method not in METHODS:
+                    for path, text in own_code.texts(find_method(job.run.method)).items():
+                        write_text(job.folder / "code" / path, text)
                 trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
                 facts = trainer.train(watch)
                 job.record("train", data=data.fingerprint, threads=job.run.settings.threads, **facts)
-                for file in [] if job.run.method in METHODS else own_code.files(find_method(job.run.method)):
-                    copy_whole(file, job.folder / "code" / file.name)
-                (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # the largest file, of no more use
+            (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # the largest file, of no more use
         return job
 
     @contextmanager
     def _working(self, job: Job) -> Iterator[None]:
         """The run's own files are written by one process at a time, be it a notebook of `reproduce` or one by hand."""
+        own_code.look_in(self.beside)
         job.folder.mkdir(parents=True, exist_ok=True)
         busy = f"run {job.run.name}: another process is at it"
         with locked(job.folder, busy, "work.", ORPHAN_SECONDS), exhaustion_explained(f"run {job.run.name}"):
@@ -276,7 +280,7 @@ def chosen(place: Workplace, only: str | None) -> list[Job]:
     """
     if not only:
         return place.jobs
-    texts = [text.strip() for text in only.split(",") if text.strip()]
+    texts = [text for part in only.split(",") if (text := part.strip(" -"))]
     jobs = [job for job in place.jobs if any(f"-{text}-" in f"-{job.run.name}-" for text in texts)]
     if not jobs:
         known = ", ".join(dict.fromkeys(f"{job.run.variant}-{job.run.labelled}" for job in place.jobs))

@@ -74,10 +74,12 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
                     "../index.html",
                 )
     _keep_predictions(place, found)
-    before = read_json(folder / "provenance.json").get("runs", {})
+    # Rows may be adopted from another study; what our own provenance says comes last, so it counts.
+    pages = [*sorted(folder.parent.glob("*/provenance.json")), folder / "provenance.json"]
+    before = {facts.get("key"): facts for path in pages for facts in read_json(path).get("runs", {}).values()}
     described = {job.run.name: {"key": job.key, **_described(job)} for job in one_a_key(place.jobs)}
     for row in found.runs[found.runs["adopted"]].to_dict("records"):
-        described[row["run"]] = before.get(row["run"], described[row["run"]])
+        described[row["run"]] = before.get(row["key"], described[row["run"]])
     provenance = {
         "study": place.study.name,
         "title": title,

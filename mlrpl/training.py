@@ -332,7 +332,7 @@ class Trainer:
         else:
             volumes = sum(self.batches.sizes)
             self.precision = choose_precision(
-                requested, self.method.network, self.run.settings.patch, volumes, self.device
+                requested, self.method.network, self.run.settings.patch, volumes, self.device, self.store.channels
             )
         if not self.precision.reduced:
             torch.backends.cudnn.allow_tf32 = False  # which PyTorch would take for a GPU's convolutions

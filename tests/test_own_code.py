@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(own_code, "folders", [])
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    own_code._code.cache_clear()
+    own_code._text.cache_clear()
     own_code.look_in(tmp_path)
     return tmp_path
 
@@ -42,7 +42,7 @@ def write(folder: Path, module: str, text: str) -> None:
 def version_of(folder: Path, text: str, module: str = "mine") -> object:
     """The version of class Mine as another process would find it."""
     sys.modules.pop(module, None)
-    own_code._code.cache_clear()
+    own_code._text.cache_clear()
     write(folder, module, text)
     return result_version(find_method(f"{module}:Mine"))
 
@@ -86,15 +86,51 @@ def test_an_edited_method_has_another_version_and_a_comment_is_no_edit(folder):
     assert version_of(folder, HEAD + "\n# why\nclass Mine(MLRPL):  # ours\n\n    factor = 1.0\n") == first
     assert version_of(folder, text.replace("1.0", "1.5")) != first
     assert version_of(folder, text.replace("1.0", "'1.0 # no comment'")) != first
+    odd = HEAD + "class Mine(MLRPL):\n    s = 'a\x0cb'\n    factor = 1\n    # a comment\n"
+    assert version_of(folder, odd) != version_of(folder, odd.replace("factor = 1", "factor = 2"))
 
 
-def test_what_a_method_imports_from_beside_the_study_counts_too(folder):
-    text = HEAD + "from helper import scale\nclass Mine(MLRPL):\n    factor = staticmethod(scale)\n"
-    write(folder, "helper", "def scale(x):\n    return x\n")
-    first = version_of(folder, text)
-    sys.modules.pop("helper")
-    write(folder, "helper", "def scale(x):\n    return 100 * x\n")
-    assert version_of(folder, text) != first
+@pytest.mark.parametrize("imports", [
+    "from helper import FACTOR",
+    "import helper",
+    "import sub.helper",
+    "from sub import helper",
+    "from sub.deeper.helper import FACTOR",
+    "def late():\n    from helper import FACTOR\n",
+])  # fmt: skip
+def test_what_a_method_imports_from_beside_the_study_counts_too(folder, imports):
+    text = f"{HEAD}{imports}\nclass Mine(MLRPL):\n    pass\n"
+    versions = []
+    for factor in (1, 2):
+        for place in (folder, folder / "sub", folder / "sub/deeper"):
+            place.mkdir(exist_ok=True)
+            write(place, "helper", f"FACTOR = {factor}\n")
+        for module in [name for name in sys.modules if name.partition(".")[0] in ("helper", "sub")]:
+            del sys.modules[module]
+        versions.append(version_of(folder, text))
+    assert versions[0] != versions[1]
+
+
+def test_a_helper_beside_the_study_comes_before_another_of_its_name(folder, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("working")
+    write(other, "helper", "WHERE = 'working folder'\n")
+    write(folder, "helper", "WHERE = 'beside the study'\n")
+    write(folder, "mine", HEAD + "from helper import WHERE\nclass Mine(MLRPL):\n    where = WHERE\n")
+    monkeypatch.syspath_prepend(other)  # as `python -m mlrpl` does
+    own_code.look_in(folder)  # when the study is read
+    assert find_method("mine:Mine").where == "beside the study"
+
+
+def test_the_code_is_told_as_it_was_imported(folder):
+    text = HEAD + "import helper\nclass Mine(MLRPL):\n    pass\n"
+    write(folder, "helper", "x = 1\n")
+    write(folder, "mine", text)
+    method = find_method("mine:Mine")
+    first = result_version(method)
+    write(folder, "mine", "")
+    (folder / "helper.py").unlink()
+    assert own_code.texts(method) == {Path("helper.py"): "x = 1\n", Path("mine.py"): text}
+    assert result_version(method) == first
 
 
 def test_a_new_version_of_the_method_that_it_extends_counts_too(folder, monkeypatch):
@@ -146,6 +182,7 @@ def test_what_a_method_says_of_replay_holds_for_no_other():
     (HEAD + "class Mine(MLRPL):\n    outputs = ('decoder1', 'teacher')\n", "none but decoder1, mean"),
     (HEAD + "class Mine(MLRPL):\n    def __init__(self, *a):\n        self.absent\n", "mine:Mine: AttributeError: "),
     ("from mlrpl.methods import Method\nclass Mine(Method):\n    pass\n", "mine:Mine sets no self.network"),
+    (HEAD + "class Mine(MLRPL):\n    terms = ('masked')\n", "terms of mine:Mine must be a tuple of names, as in"),
 ])  # fmt: skip
 def test_a_method_that_cannot_be_built_is_told_in_one_line(folder, text, said):
     write(folder, "mine", text)
@@ -170,7 +207,7 @@ class Wrong(Method):
     (lambda loss: loss, 'Wrong.loss must return a dict of terms with "total"; it returned Tensor'),
     (lambda loss: {"loss": loss, "dice": loss}, 'with "total"; it returned loss, dice'),
     (lambda loss: {"total": loss, "dice": 0.5}, "Wrong.loss: 'dice' is float, not a scalar tensor"),
-    (lambda loss: {"total": torch.stack([loss, loss])}, "Wrong.loss: 'total' is a tensor (2,), not a scalar tensor"),
+    (lambda loss: {"total": loss[None]}, "Wrong.loss: 'total' is a tensor (1,), not a scalar tensor"),
 ])  # fmt: skip
 def test_terms_that_are_none_are_told_in_one_line(returned, said):
     method = Wrong(run_of("vnet").settings, 1, 2, returned)
@@ -213,10 +250,15 @@ def test_a_network_without_our_parts_has_its_precision_checked():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.last = nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 2, 1)
+            self.last, self.first = nn.Conv3d(4, 2, 1), nn.Conv3d(2, 4, 3, padding=1)
             self.only_in_training = nn.Conv3d(4, 2, 1)
 
         def forward(self, image):
             return self.last(self.first(image))
 
-    assert worst_layer(Plain(), (16, 16, 16), 2, CPU, torch.float32)[0] == 0
+    network = Plain()
+    network.first.requires_grad_(False)
+    error, _ = worst_layer(network, (16, 16, 16), 2, CPU, torch.bfloat16, channels=2)
+    assert 1e-4 < error < 0.05
+    assert not network.first.weight.requires_grad
+    assert worst_layer(nn.Sequential(nn.PReLU()), (16, 16, 16), 2, CPU, torch.bfloat16) == (0.0, "")

@@ -444,7 +444,8 @@ def test_other_results_get_pictures_of_the_data_too(place, monkeypatch):
 
 def test_two_runs_of_one_key_are_one_job(place):
     mlrpl = TINY["runs"][1]
-    assert place(runs=[{**mlrpl, "labelled": 2}, {**mlrpl, "variant": "twin", "labelled": 2}]) == ["mlrpl-2-s0"]
+    twin = {**mlrpl, "variant": "twin", "title": "Twin", "labelled": 2}
+    assert place(runs=[{**mlrpl, "labelled": 2}, twin]) == ["mlrpl-2-s0"]
 
 
 def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
@@ -548,6 +549,8 @@ def test_a_copy_adopts_what_the_original_has_committed(tiny, tmp_path):
     assert set(copied.metrics["study"]) == {"copied"}
     pd.testing.assert_frame_equal(copied.metrics.drop(columns="study"), first.metrics.drop(columns="study"))
     assert copied.runs["adopted"].all()
+    before, now = (read_json(folder / "results" / name / "provenance.json")["runs"] for name in ("tiny", "copied"))
+    assert now == before
 
 
 def test_results_of_a_packaged_study_are_not_lost_to_one_of_its_name(tiny, tmp_path, monkeypatch):
@@ -629,6 +632,18 @@ def test_a_method_from_outside_trains_with_its_options(own):
     assert log["sharpened"].equals(log["total"])
 
 
+def test_what_cannot_be_adopted_is_left(tiny, tmp_path, monkeypatch):
+    folder = tiny.copy(tmp_path)
+    monkeypatch.chdir(folder)
+    for name, text in {"empty": "", "foreign": "a,b\n1,2\n"}.items():
+        (folder / "results" / name).mkdir()
+        (folder / "results" / name / "runs.csv").write_text(text)
+    shutil.copytree("results/tiny", "results/partly")
+    Path("results/partly/checks.csv").unlink()
+    shutil.copytree("results/tiny", "results/whole")
+    assert list(mlrpl.reproduce._other_results(Workplace("tiny.yaml"))) == [Path("results/whole")]
+
+
 def test_a_finished_run_keeps_the_code_of_a_method_from_outside_and_no_checkpoint(own):
     folder = run_folder(own.folder, "own-1-s0")
     assert (folder / "code/own_methods.py").read_text() == OWN_METHODS
@@ -647,7 +662,7 @@ def test_the_readmes_tenth_method_is_compared_with_the_others(own):
 def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     """kill -9 of the command alone, while a run trains: its processes end, and the next command resumes."""
     write(tmp_path, OWN)
-    process = subprocess.Popen(**command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2"))
+    process = subprocess.Popen(**command("own.yaml", "--only", "own", cwd=tmp_path, PAUSE="0.2"))
     folder, children = None, []
     try:
         deadline = time.monotonic() + 600
@@ -669,7 +684,7 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(own, tmp_path):
     assert 3 <= done < 30
     before = pd.read_csv(io.StringIO((folder / "log.csv").read_text()), dtype=str).head(done)
 
-    said = reproduce("own.yaml", "--only", "own-", cwd=tmp_path)
+    said = reproduce("own.yaml", "--only", "own", cwd=tmp_path)
     assert "own-1-s0: finished" in said
     assert not list((tmp_path / "runs").glob("own/broken-*"))
     log = pd.read_csv(folder / "log.csv", dtype=str)
@@ -685,7 +700,7 @@ def test_ctrl_c_ends_every_process_with_a_checkpoint_and_the_run_goes_on(own, tm
     """SIGINT for the command alone, as Ctrl-C would reach it; no checkpoint is due by the clock."""
     write(tmp_path, OWN)
     process = subprocess.Popen(
-        **command("own.yaml", "--only", "own-", cwd=tmp_path, PAUSE="0.2", EVERY="1000"),
+        **command("own.yaml", "--only", "own", cwd=tmp_path, PAUSE="0.2", EVERY="1000"),
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )

@@ -78,6 +78,8 @@ def test_cases_and_folders_that_are_links_are_found(la, tmp_path):
     for folder in (la / CASES).iterdir():
         (linked / folder.name).symlink_to(folder)
     (linked / "again").symlink_to(linked)  # a loop
+    (linked / "second name of case1").symlink_to(linked / "case1")
+    (linked / "up").symlink_to(tmp_path)  # where other data may be
     for name in ("train.list", "test.list"):
         (linked / name).symlink_to(la / name)
     stores = [prepared("la", root, tmp_path / f"store-{root.name}") for root in (la, linked)]

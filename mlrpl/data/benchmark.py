@@ -7,6 +7,7 @@ taken.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -147,12 +148,12 @@ def _published(root: Path, files: Files) -> dict[str, list[str]] | None:
             lists = {split: path for split, path in lists.items() if path.is_file()}
             if {"train", "test"} <= lists.keys():
                 return _listed(lists, files)
-            if there := {"train", "test"} & lists.keys():
-                (lacks,) = {"train", "test"} - there
-                raise StudyError(
-                    f"{lists[there.pop()].name} is there, but no {lacks}{suffix} beside it: add it, or remove the one "
-                    "list for a split drawn from a seed"
-                )
+    for suffix, (split, other) in product(LISTS, [("train", "test"), ("test", "train")]):
+        if (root / f"{split}{suffix}").is_file():
+            raise StudyError(
+                f"{split}{suffix} is there, but no {other}{suffix} beside it: add it, or remove the one list for a "
+                "split drawn from a seed"
+            )
     return None
 
 

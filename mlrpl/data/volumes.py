@@ -4,7 +4,6 @@ import fnmatch
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,15 +157,27 @@ def without_ending(name: str) -> str:
 
 
 def below(root: Path, pattern: str) -> list[Path]:
-    """Files and folders of that name pattern anywhere below the root, sorted; also through links, no folder twice."""
+    """Files and folders of that name pattern anywhere below the root, sorted; also through links, no folder twice.
+
+    Links come last, in the order of their names: of a folder with a link beside it the folder counts. One that leads to
+    where the root itself is would find other data.
+    """
     found: list[Path] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
+    seen: set[Path] = set()
+    folders, links = [root], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
+        if real in seen or (folder != root and root.resolve().is_relative_to(real)):
             continue
         seen.add(real)
-        found += [Path(folder, name) for name in (*folders, *files) if fnmatch.fnmatchcase(name, pattern)]
+        if folder != root and fnmatch.fnmatchcase(folder.name, pattern):
+            found.append(folder)
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif fnmatch.fnmatchcase(path.name, pattern):
+                found.append(path)
     return sorted(found)
 
 

@@ -102,6 +102,8 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
             f"run {run.name}: outputs of {run.method} are {', '.join(method.outputs) or 'none'}: decoder1 must be "
             f"among them, and none but {', '.join(OUTPUTS)}"
         )
+    if isinstance(method.terms, str):
+        raise StudyError(f'run {run.name}: terms of {run.method} must be a tuple of names, as in ("{method.terms}",)')
     try:
         built = method(run.settings, in_channels, num_classes, **run.options)
     except (TypeError, ValueError) as error:
