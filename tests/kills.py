@@ -79,7 +79,7 @@ def execute(notebook: str, destination: Path, **parameters: Any) -> None:
         work = {"02-train": place.train, "03-evaluate": place.evaluate}[notebook]
         work(parameters["RUN"], parameters["DEVICE"])
     else:
-        names: dict[str, Any] = {}
+        names: dict[str, Any] = {"display": lambda *_: None}  # a kernel has it
         for cell in [cell for cell in content.cells if cell.cell_type == "code"]:
             exec(cell.source, names)
             names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}

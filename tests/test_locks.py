@@ -109,7 +109,8 @@ def test_runs_that_go_on_at_a_time_never_share_a_device(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "start_run", start_run)
     lengths = ["0.3", "0.05", "0.2", "0.05", "0.1", "0.02", "0.1"]
     settings = SimpleNamespace(iterations=1)
-    jobs = [SimpleNamespace(run=SimpleNamespace(name=length, settings=settings), folder=tmp_path) for length in lengths]
+    runs = [SimpleNamespace(name=length, settings=settings) for length in lengths]
+    jobs = [SimpleNamespace(run=run, folder=tmp_path, executed=True) for run in runs]
     assert run_all(SimpleNamespace(), jobs, 3, None) == {}
     assert len(used) == 7
     assert {name for name, _ in used} == {"cuda:0", "cuda:1", "cuda:2"}
