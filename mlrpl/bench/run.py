@@ -17,7 +17,6 @@ from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, library_window, metrics, mutual_losses, sliding_windows, training_step
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
-from mlrpl.process import tune
 from mlrpl.provenance import environment
 from mlrpl.training import find_device
 
@@ -139,7 +138,6 @@ class Bench:
 
     def works(self) -> None:
         """Each piece of work in both formulations."""
-        tune(self.device)
         rows: list[dict[str, Any]] = []
         for repeats, works in main_works(self.quick, self.device):
             for work in works():

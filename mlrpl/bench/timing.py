@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mlrpl.precision import as_it_comes
+from mlrpl.process import tune
 
 TOLERANCE = 1e-4  # of losses, gradients and probabilities in float32, relative to the largest
 
@@ -58,8 +59,10 @@ def synchronise(device: torch.device) -> None:
 def compare(work: Work, repeats: int, device: torch.device, precision: str) -> dict[str, object]:
     """A row of bench.csv: medians of alternate repeats and their spread; the ratio is the median of the pairs' ratios.
 
-    Equality is checked first, which also warms both ways up; on a GPU the precisions that are timed take a call more.
+    The process is tuned as for training. Equality is checked first, which also warms both ways up; on a GPU the
+    precisions that are timed take a call more.
     """
+    tune(device)
     with as_it_comes():
         difference = work.difference()
     if device.type == "cuda":  # cuDNN's search for the precisions that are timed
