@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from mlrpl.config import Ablation, load_study
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.results import Results
-from mlrpl.statistics import compared, interval, limits, plot_seeds, seed_handles, seeds_above
+from mlrpl.statistics import compared, each_seed, interval, limits, plot_seeds, seed_handles, seeds_above
 from mlrpl.study import Workplace
-from mlrpl.tables import chosen, conditions, titled, two_decimals, with_interval
+from mlrpl.tables import chosen, conditions, titled, with_interval
 
 FOLD = re.compile(r"-f\d+$")  # at the end of a run's name
 
@@ -62,7 +62,7 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     """A row a number of labelled cases and variant.
 
     Returns:
-        ``labelled, variant, reference, dice, low, high, sd, seeds, cases``; ``dice_of_seeds``, a list; ``difference``
+        ``labelled, variant, reference, dice, low, high, seeds, cases``; ``dice_of_seeds``, a list; ``difference``
         to the reference and what else `mlrpl.statistics.compared` gives (NaN for the reference itself);
         ``runs``, their names; ``paper``.
     """
@@ -85,7 +85,6 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
             "dice": values.mean(axis=1).mean(),
             "low": low,
             "high": high,
-            "sd": values.mean().std(ddof=1),
             "dice_of_seeds": values.mean().to_list(),
             "seeds": len(mine),
             "cases": len(values),
@@ -113,12 +112,11 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
                 f"{v} (reference)" if r else v for v, r in zip(rows["variant"], rows["reference"], strict=True)
             ],
             "Dice (%) [95 % over cases]": [with_interval(*r) for r in rows[["dice", "low", "high"]].to_numpy()],
-            "sd over seeds": rows["sd"].map(two_decimals),
+            "Each seed": rows["dice_of_seeds"].map(each_seed),
             "Difference, seed by seed [95 % over cases]": [
                 with_interval(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
             "Seeds above": seeds_above(rows),
-            "Seeds": rows["seeds"].astype(str),
             "Runs": rows["runs"].map(_briefly),
         }
     )

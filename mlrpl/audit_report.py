@@ -19,7 +19,7 @@ from mlrpl.audit import DISTANCE_NAMES, MEASURES, RULES, SCOPES, THRESHOLDS
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, fitted, save, styled
 from mlrpl.errors import StudyError
 from mlrpl.results import Results
-from mlrpl.tables import seed_names
+from mlrpl.tables import over_seeds, seed_names
 
 GROUP = ["scope", "class", "distance", "score"]
 SCOPE_NAMES = {"all": "all voxels", "disagree": "decoders disagree", "kept": "kept by WR"}
@@ -136,18 +136,10 @@ def predictors(audit: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     return table.assign(gap=sums["off"] / sums["voxels"]).reset_index()
 
 
-def _mean_sd(frame: pd.DataFrame, key: list[str], columns: Sequence[str], digits: int) -> pd.DataFrame:
-    """Text, mean ± sd over the runs."""
+def _text(frame: pd.DataFrame, key: list[str], columns: Sequence[str], digits: int) -> pd.DataFrame:
+    """What the runs have, as text (:func:`mlrpl.tables.over_seeds`)."""
     groups = frame.groupby(key, sort=False, observed=True)[list(columns)]
-    means, deviations = groups.mean(), groups.std(ddof=1)
-
-    def text(mean: float, deviation: float) -> str:
-        if pd.isna(mean):
-            return "—"
-        return f"{mean:.{digits}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{digits}f}")
-
-    shown = {c: [text(m, d) for m, d in zip(means[c], deviations[c], strict=True)] for c in columns}
-    return pd.DataFrame(shown, index=means.index).reset_index()
+    return groups.agg(lambda values: over_seeds(values, digits)).reset_index()
 
 
 def _groups(audit: pd.DataFrame) -> list[tuple[str, str, str]]:
@@ -169,7 +161,7 @@ def choice_table(found: Results) -> pd.DataFrame:
     for name, scope, of_class in _groups(audit):
         mine = table[(table["scope"] == scope) & (table["class"] == of_class)]
         rules = RULES if "all" in (scope, of_class) else RULES[:2]
-        text = _mean_sd(mine, ["score"], ["coverage", "kept", "dropped"], 1).set_index("score").reindex(rules).dropna()
+        text = _text(mine, ["score"], ["coverage", "kept", "dropped"], 1).set_index("score").reindex(rules).dropna()
         text.insert(0, "Pseudo-labels", name)
         parts.append(text.reset_index())
     shown = pd.concat(parts, ignore_index=True)
@@ -198,9 +190,9 @@ def predictor_table(found: Results) -> pd.DataFrame:
     shown = pd.DataFrame({"Measure": MEASURES})
     for heading, (scope, of_class) in groups.items():
         mine = table[(table["scope"] == scope) & (table["class"] == of_class)]
-        shown[heading] = shown["Measure"].map(_mean_sd(mine, ["score"], ["auroc"], 3).set_index("score")["auroc"])
+        shown[heading] = shown["Measure"].map(_text(mine, ["score"], ["auroc"], 3).set_index("score")["auroc"])
     mine = table[(table["scope"] == "kept") & (table["class"] == "all")]
-    text = _mean_sd(mine, ["score"], ["weight", "gap"], 3).set_index("score")
+    text = _text(mine, ["score"], ["weight", "gap"], 3).set_index("score")
     shown["Mean weight, kept by WR"] = shown["Measure"].map(text["weight"])
     shown["Weight against share right, mean gap"] = shown["Measure"].map(text["gap"])
     shown["Measure"] = shown["Measure"].replace("mse", "mse (HR)")

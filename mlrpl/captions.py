@@ -1,9 +1,9 @@
 """What stands beside tables and figures, in Markdown: the same on a study's page and in its notebooks."""
 
 COMPARISON = """*Last*: the weights after the final iteration. *Published*: the weights that did best on the test cases
-among regular checks, as the literature reports it, so it is optimistic. Mean over test cases, ± standard deviation over
-seeds where there are several. A distance is undefined where a method finds nothing of a class; such a case counts as
-Dice 0 and is left out of the distances (the published code averages zeros there)."""
+among regular checks, as the literature reports it, so it is optimistic. Mean over test cases; of two seeds
+both, of more their mean ± standard deviation. A distance is undefined where a method finds nothing of a class; such a
+case counts as Dice 0 and is left out of the distances (the published code averages zeros there)."""
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
 of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from
 beginning to end have no undisturbed step. Only steps of one machine compare, and one name may stand for several: the
@@ -23,7 +23,8 @@ a range of n seeds 2 of n + 1 times; their mean leaves it more rarely, how much 
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
 pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
 one number of labelled cases. What names a condition in brackets, such as instance norm, is compared with MLRPL under
-the same. Final weights of decoder 1."""
+the same. A difference is to the reference's runs with the same seeds; their mean stands beside its name. Final weights
+of decoder 1."""
 SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
 for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights of decoder 1."
@@ -39,7 +40,7 @@ where this page was, **adopted** ones in another sitting, or for another study."
 CAPTIONS = {
     "distributions": "Each dot a test case, mean over its classes and seeds, of the final weights of decoder 1; grey "
     "lines join the same case.",
-    "label-efficiency": "Final weights of decoder 1; a bar is the standard deviation over seeds, if there are several.",
+    "label-efficiency": "Final weights of decoder 1; a bar reaches from the lowest seed to the highest.",
     "learning-curves": "Where a collapse would be seen: the foreground of the pseudo-labels goes towards nothing or "
     "everything, while the labelled batches' Dice goes on rising; where training is thrown out, that Dice falls too. "
     "Losses are not on one scale. Supervised: MLRPL's is the sum of its decoders' Dice losses, V-Net's the mean of "

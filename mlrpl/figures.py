@@ -182,8 +182,8 @@ def distributions(
 def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None:
     """Dice of final weights, decoder 1, over the number of labelled cases: a line a method, its mean over cases.
 
-    Bars: standard deviation over seeds, where there are several. A method alone at its number is a dashed level; one
-    that was trained at a single number among others has no line, and is left out. None where no method has a line.
+    Bars: from the lowest seed to the highest. A method alone at its number is a dashed level; one that was trained at
+    a single number among others has no line, and is left out. None where no method has a line.
     """
     rows = panels(runs)
     levels = [labelled for labelled, _ in rows]
@@ -201,7 +201,8 @@ def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None
         mine = table.loc[one.title].reindex(levels).dropna(subset="dice")
         places = [levels.index(labelled) + shift for labelled in mine.index]
         style = {"color": one.colour, "markersize": 4, "linewidth": 1, "elinewidth": 0.7}
-        ax.errorbar(places, mine["dice"], mine["dice_sd"].fillna(0), marker="o", **style)
+        ends = [mine["dice"] - mine["dice_seeds"].map(min), mine["dice_seeds"].map(max) - mine["dice"]]
+        ax.errorbar(places, mine["dice"], ends, marker="o", **style)
     for one in series:
         if one.line != "-":
             ax.axhline(table.loc[(one.title, one.labelled), "dice"], color=one.colour, linestyle=one.line, linewidth=1)

@@ -96,10 +96,12 @@ def submit(
 
     _require_slurm()
     record = read_json(place.runs / "slurm.json")
-    waiting, keys = queue(), {job.run.name: job.key for job in jobs}
+    waiting, now = queue(), {job.run.name: job.key for job in jobs}
     queued = {name: job for name, job in record.get("runs", {}).items() if job in waiting}
+    before = record.get("keys", {})
     # What was queued before a method or a setting changed would refuse to run.
-    stale = [name for name in queued if keys.get(name) != record.get("keys", keys).get(name) and name in keys]
+    stale = [name for name in queued if name in now and before.get(name) != now[name]]
+    keys = before | now  # a part of the runs may be asked for, while others wait
     if stale:
         _slurm("scancel", *(queued.pop(name) for name in stale))
     new = [job for job in jobs if job.run.name not in queued]

@@ -1,7 +1,7 @@
 """How sure are the differences? Intervals and tests over cases, each averaged over its seeds.
 
 Cases are what a method is tested on, so they are what varies: never case × seed, which would count one case several
-times. What the seeds add is shown as their standard deviation. Bootstrap and Wilcoxon's test are scipy's; all
+times. What each seed reaches is listed beside it. Bootstrap and Wilcoxon's test are scipy's; all
 resampling starts from a fixed seed, so that a report does not change when it is made anew.
 """
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from scipy import stats
 
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
-from mlrpl.tables import comparison, per_seed, two_decimals, with_interval
+from mlrpl.tables import per_seed, two_decimals, with_interval
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -126,20 +126,12 @@ def summary(
     """A row a number of labelled cases and title.
 
     Returns:
-        ``labelled, title, mean, low, high, sd, seeds, cases``: mean over cases with its interval, standard deviation
-        over seeds (NaN for one); where there is a ``reference`` at that number (:func:`reference_of`):
-        ``difference`` (title − reference), the mean over the cases and seeds that both have, with and what else
-        :func:`compared` gives, Wilcoxon's ``p``, and ``p_holm`` over the titles compared at that number. Dice and
-        Jaccard in %.
+        ``labelled, title, mean, low, high, each, seeds, cases``: mean over cases with its interval, and a list of
+        each seed's; where there is a ``reference`` at that number (:func:`reference_of`): ``difference`` (title −
+        reference), the mean over the cases and seeds that both have, and what else :func:`compared` gives, Wilcoxon's
+        ``p``, and ``p_holm`` over the titles compared at that number. Dice and Jaccard in %.
     """
     table = per_seed(metrics, runs, measure, selection, output)
-    spread = comparison(metrics, runs)
-    spread = spread[spread["selection"] == selection]
-    # a run with one decoder is its own mean
-    spread = spread.sort_values("output", key=lambda o: o != output, kind="stable").drop_duplicates(
-        ["labelled", "title"]
-    )
-    spread = spread.set_index(["labelled", "title"])
     rows = []
     for labelled, cases in table.groupby("labelled"):
         cases = cases.dropna(axis=1, how="all")
@@ -147,9 +139,9 @@ def summary(
         for title in titles:
             values = cases[title].mean(axis=1).to_numpy()
             low, high = interval(values)
-            facts = spread.loc[(labelled, title)]
             row = {"labelled": labelled, "title": title, "mean": np.nanmean(values), "low": low, "high": high}
-            row |= {"sd": facts[f"{measure}_sd"], "seeds": facts["seeds"], "cases": np.count_nonzero(~np.isnan(values))}
+            each = cases[title].mean().to_list()
+            row |= {"each": each, "seeds": len(each), "cases": np.count_nonzero(~np.isnan(values))}
             if other := reference_of(title, titles, reference):
                 row |= {"reference": other, **compared(cases[title], cases[other])}
                 row["p"] = wilcoxon(paired(cases[title], cases[other]))
@@ -162,28 +154,32 @@ def summary(
     return found
 
 
-def formatted(table: pd.DataFrame, heading: str = "Dice (%)", reference: str = REFERENCE) -> pd.DataFrame:
-    """`summary` as text."""
+def formatted(table: pd.DataFrame, heading: str = "Dice (%)") -> pd.DataFrame:
+    """`summary` as text. The reference's mean over the seeds that both have stands beside its name."""
     rows = table.to_dict("records")
-    several = table["reference"].nunique() > 1
-    to, above = ("", "") if several else (f" to {reference}", f" {reference}")
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
             f"{heading} [95 % over cases]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
-            "sd over seeds": table["sd"].map(two_decimals),
-            **({"Compared with": table["reference"].fillna("—")} if several else {}),
-            f"Difference{to}, seed by seed [95 % over cases]": [
+            "Each seed": table["each"].map(each_seed),
+            "Compared with": [
+                "—" if pd.isna(r["reference"]) else f"{r['reference']}: {two_decimals(r['beside'])}" for r in rows
+            ],
+            "Difference, seed by seed [95 % over cases]": [
                 with_interval(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
-            f"Seeds above{above}": seeds_above(table),
+            "Seeds above": seeds_above(table),
             "p": table["p"].map(probability),
             "p (Holm)": table["p_holm"].map(probability),
             "Cases": table["cases"].astype(str),
-            "Seeds": table["seeds"].astype(str),
         }
     )
+
+
+def each_seed(values: Iterable[float]) -> str:
+    """What each seed reaches, as text."""
+    return ", ".join(two_decimals(value) for value in values)
 
 
 def seeds_above(table: pd.DataFrame) -> list[str]:
@@ -208,8 +204,7 @@ def limits(table: pd.DataFrame) -> str:
             "Intervals and tests speak of other cases, not of other trainings."
         )
     elif (table["seeds"] == 1).any():
-        alone = _named(table, table["seeds"] == 1)
-        said.append(f"With one seed ({alone}) a difference may be the seed's.")
+        said.append("With one seed a difference may be the seed's.")
     if len(table) and (few := FEW.get(table["seeds"].max())):
         said.append(f"{few} seeds are too few to tell how far seeds spread.")
     apart = (table["difference_low"] > 0) | (table["difference_high"] < 0)
@@ -225,19 +220,6 @@ def limits(table: pd.DataFrame) -> str:
     elif fewest < 20:
         said.append(f"With {fewest} test cases only large and consistent differences can be significant.")
     return " ".join(said)
-
-
-def same_seeds(table: pd.DataFrame) -> str:
-    """Where a reference has seeds that a title of a `summary` lacks: what it reaches with those that both have."""
-    means = table.set_index(["labelled", "title"])["mean"]
-    there = table[table["common"] > 0]
-    whole = means.reindex(pd.MultiIndex.from_frame(there[["labelled", "reference"]])).to_numpy()
-    other = there[((there["beside"] - whole).abs() > 0.005) | (there["common"] < there["seeds"])]
-    said = []
-    for (labelled, reference, beside), rows in other.groupby(["labelled", "reference", "beside"], sort=False):
-        where = f" at {labelled} labelled" if table["labelled"].nunique() > 1 else ""
-        said.append(f"{reference}{where} has {two_decimals(beside)} with those of {', '.join(rows['title'])}.")
-    return " ".join(["A difference is to the reference's runs with the same seeds.", *said] if said else [])
 
 
 def _named(table: pd.DataFrame, chosen: pd.Series) -> str:

@@ -29,8 +29,8 @@ REPORT_PAGES = {
 }
 
 OVERVIEW = """Mutual learning with reliable pseudo labels, reproduced: one page a study. The tables: Dice (%) of decoder
-1 on the test cases, ± standard deviation over seeds where there are several, of the last weights and of the best check
-on the test cases, as the literature selects. For research, not for diagnosis."""
+1 on the test cases, of the last weights and of the best check on the test cases, as the literature selects; of two
+seeds both, of more their mean ± standard deviation. For research, not for diagnosis."""
 
 
 def report_notebooks(place: Workplace, found: Results) -> list[str]:
@@ -141,7 +141,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         ),
         Section(
             "How sure is that",
-            f"{captions.SURE} {statistics.same_seeds(sure)} {statistics.limits(sure)}",
+            f"{captions.SURE} {statistics.limits(sure)}",
             made["statistics"],
             figures=_pictures(folder, "differences"),
         ),

@@ -72,8 +72,8 @@ def comparison(metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] 
             They stand beside the published selection, by which they were obtained.
 
     Returns:
-        ``labelled, title, selection, output``; per measure its mean and, as ``<measure>_sd``, the standard deviation
-        over seeds (NaN for one seed), ``dice`` and ``jaccard`` in %; ``seeds``; ``cases``; ``undefined``, the number of
+        ``labelled, title, selection, output``; per measure its mean over the seeds and, as ``<measure>_seeds``, a list
+        of what each reaches, ``dice`` and ``jaccard`` in %; ``seeds``; ``cases``; ``undefined``, the number of
         distances that are NaN and so in no mean, of ``distances`` in all; ``paper_dice`` and ``paper_hd95`` if there
         are any.
     """
@@ -82,8 +82,7 @@ def comparison(metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] 
     seeds = rows.groupby([*key, "seed"], observed=True)[MEASURES].mean()
     seeds[["dice", "jaccard"]] *= 100
     seeds = seeds.groupby(key, observed=True)
-    means, deviations = seeds.mean(), seeds.std(ddof=1).add_suffix("_sd")
-    table = means.join(deviations)[[name for measure in MEASURES for name in (measure, f"{measure}_sd")]]
+    table = seeds.mean().join(seeds.agg(list).add_suffix("_seeds"))
     groups = rows.groupby(key, observed=True)
     table["seeds"] = groups["seed"].nunique()
     table["cases"] = groups["case"].nunique()
@@ -119,7 +118,7 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     )
     paper = {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}
     for measure, heading in headings(unit).items():
-        view[heading] = [_mean_and_sd(*pair) for pair in zip(table[measure], table[f"{measure}_sd"], strict=True)]
+        view[heading] = table[f"{measure}_seeds"].map(over_seeds)
         theirs = f"paper_{measure}"
         if theirs in table and table[theirs].notna().any():
             view[paper[measure]] = table[theirs].map(two_decimals)
@@ -252,8 +251,8 @@ def _gain(
 
     Returns:
         A row a group of ``by``: Dice in % (or the distance) of both, as ``names`` calls them, means over seeds;
-        ``difference``, the mean over seeds of second − first; ``difference_sd``; ``seeds``, "s0, s1". Runs that lack
-        one of the two are left out.
+        ``difference``, the mean over seeds of second − first; ``difference_seeds``, a list; ``seeds``, "s0, s1". Runs
+        that lack one of the two are left out.
     """
     values = rows.pivot_table(measure, [*by, "seed"], column, aggfunc="mean", observed=True)
     values = values.reindex(columns=list(names)).dropna().set_axis(list(names.values()), axis=1)
@@ -262,7 +261,7 @@ def _gain(
     values["difference"] = values[second] - values[first]
     groups = values.groupby(by, observed=True)
     table = groups.mean()
-    table["difference_sd"] = groups["difference"].std(ddof=1)
+    table["difference_seeds"] = groups["difference"].agg(list)
     table["seeds"] = values.reset_index("seed").groupby(by, observed=True)["seed"].agg(seed_names)
     return table.reset_index().astype({name: str for name in by if name != "labelled"})
 
@@ -279,14 +278,13 @@ def _formatted_gain(
     after: Mapping[str, Sequence] | None = None,
 ) -> pd.DataFrame:
     """`_gain` as text, with further columns before and after its own."""
-    pairs = zip(table["difference"], table["difference_sd"], strict=True)
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
             **(before or {}),
             **{heading: table[name].map(two_decimals) for name, heading in headings.items()},
-            "Difference": [_mean_and_sd(*pair) for pair in pairs],
+            "Difference": table["difference_seeds"].map(over_seeds),
             **(after or {}),
             "Seeds": table["seeds"],  # by name: fewer than of the comparison where rows are older
         }
@@ -512,5 +510,13 @@ def with_interval(value: float, low: float, high: float) -> str:
     return two_decimals(value) if pd.isna(low) else f"{two_decimals(value)} [{two_decimals(low)}, {two_decimals(high)}]"
 
 
-def _mean_and_sd(mean: float, deviation: float) -> str:
-    return two_decimals(mean) if pd.isna(deviation) else f"{two_decimals(mean)} ± {deviation:.2f}"
+def over_seeds(values: Iterable[float], digits: int = 2) -> str:
+    """What trainings of several seeds reach: one or two as they are, of more the mean ± standard deviation.
+
+    >>> over_seeds([71.884, 88.261])
+    '71.88, 88.26'
+    """
+    known = pd.Series([*values], dtype=float).dropna()
+    if len(known) > 2:
+        return f"{known.mean():z.{digits}f} ± {known.std(ddof=1):.{digits}f}"
+    return ", ".join(f"{value:z.{digits}f}" for value in known) or "—"

@@ -217,7 +217,7 @@ def test_label_efficiency_shows_means_over_cases_with_the_spread_over_seeds(monk
         (bars,) = [c for c in ax.containers if c.lines[0].get_color() == METHOD_COLOURS[title]]
         assert bars.lines[0].get_ydata() == pytest.approx([row["dice"] for row in expected])
         spread = [high - low for (_, low), (_, high) in bars.lines[2][0].get_segments()]
-        assert spread == pytest.approx([2 * row["dice_sd"] for row in expected])
+        assert spread == pytest.approx([np.ptp(row["dice_seeds"]) for row in expected])
     (level,) = [one for one in ax.lines if one.get_linestyle() == "--"]
     assert level.get_ydata() == pytest.approx([table.loc[("V-Net", 40), "dice"]] * 2)
     assert_tidy(figure, monkeypatch)

@@ -129,6 +129,37 @@ def test_an_array_is_queued_once_shown_and_cancelled(cluster, tmp_path, monkeypa
     assert cancel(place) == 0
 
 
+@pytest.fixture
+def nothing_starts(cluster) -> Iterator[None]:
+    """What is queued waits."""
+    names = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, check=True).stdout.split()
+    update = ["scontrol", "update", f"PartitionName={names[0]}"]
+    subprocess.run([*update, "State=DOWN"], check=True)
+    yield
+    subprocess.run([*update, "State=UP"], check=True)
+
+
+def test_what_changed_while_it_waited_is_queued_anew_and_nothing_else(nothing_starts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def queued(place: Workplace, *names: str) -> dict[str, str]:
+        submit(place, [place.job(name) for name in names], Resources(time="10"), "cpu", False, False)
+        return read_json(place.runs / "slurm.json")["runs"]
+
+    place = Workplace(write(tmp_path))
+    place.runs.mkdir(parents=True)
+    queued(place, "vnet-1-s0", "mlrpl-1-s0")
+    before = queued(place, "vnet-1-s1", "mlrpl-1-s1")  # another part of the runs: the first ones keep their keys
+    place = Workplace(write(tmp_path, runs=[STUDY["runs"][0] | {"settings": {"iterations": 11}}, STUDY["runs"][1]]))
+    after = queued(place, "vnet-1-s0", "mlrpl-1-s0", "mlrpl-1-s1")
+    assert [name for name in before if after[name] != before[name]] == ["vnet-1-s0"]
+    wait(lambda: before["vnet-1-s0"] not in queue())
+    last = queued(place, *before)
+    assert [name for name in after if last[name] != after[name]] == ["vnet-1-s1"]
+    assert cancel(place) == 5
+    wait(lambda: not queue())
+
+
 WORK = """
 import signal, sys, time
 from pathlib import Path
@@ -235,7 +266,10 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     assert sum(killed.values()) >= 6
     for name in ("metrics", "checks"):
         assert Path(f"results/array/{name}.csv").read_bytes() == (tmp_path / f"expected/{name}.csv").read_bytes(), name
-    measured_of = {"runs": ["seconds", "seconds_evaluate", "peak_memory_mb", "commit"], "curves": ["seconds"]}
+    measured_of = {
+        "runs": ["seconds", "step_seconds", "seconds_evaluate", "peak_memory_mb", "commit"],
+        "curves": ["seconds"],
+    }
     for name, measured in measured_of.items():
         found, expected = (
             pd.read_csv(at / f"{name}.csv", dtype=str).drop(columns=measured)

@@ -98,19 +98,19 @@ def test_rows_come_by_labelled_then_in_study_order(metrics, runs):
     assert list(table[["labelled", "title", "selection", "output"]].itertuples(index=False, name=None)) == expected
 
 
-def test_means_over_cases_then_mean_and_sd_over_seeds(metrics, runs):
+def test_means_over_cases_then_over_seeds(metrics, runs):
     mlrpl = row(comparison(metrics, runs), 8, "MLRPL")
     assert mlrpl["dice"] == pytest.approx(77)
-    assert mlrpl["dice_sd"] == pytest.approx(1)
+    assert mlrpl["dice_seeds"] == pytest.approx([76, 77, 78])
     assert mlrpl["hd95"] == pytest.approx(5)
-    assert mlrpl["hd95_sd"] == pytest.approx(0)
+    assert mlrpl["hd95_seeds"] == pytest.approx([5, 5, 5])
     assert mlrpl["asd"] == pytest.approx(2)
-    assert mlrpl["asd_sd"] == pytest.approx(1)
+    assert mlrpl["asd_seeds"] == pytest.approx([1, 2, 3])
     assert (mlrpl["seeds"], mlrpl["cases"], mlrpl["undefined"], mlrpl["distances"]) == (3, 3, 0, 9)
     jaccard = metrics.query("method == 'mlrpl' and variant == '' and labelled == 8 and selection == 'last'")
     jaccard = jaccard.query("output == 'decoder1'").groupby("seed")["jaccard"].mean() * 100
     assert mlrpl["jaccard"] == pytest.approx(jaccard.mean())
-    assert mlrpl["jaccard_sd"] == pytest.approx(jaccard.std())
+    assert mlrpl["jaccard_seeds"] == pytest.approx(jaccard.to_list())
 
 
 def test_seeds_weigh_the_same_whatever_their_number_of_defined_distances(metrics, runs):
@@ -139,9 +139,10 @@ def test_classes_are_averaged(metrics, runs):
     assert row(table, 8, "MLRPL")["cases"] == 3
 
 
-def test_one_seed_has_no_sd(metrics, runs):
+def test_one_and_two_seeds_are_printed_as_they_are(metrics, runs):
     table = comparison(metrics, runs)
-    assert np.isnan(row(table, 16, "MLRPL")["dice_sd"])
+    two = comparison(metrics[metrics["seed"] < 2], runs[runs["seed"] < 2])
+    assert formatted(two).query("Labelled == '8' and Method == 'MLRPL'")["Dice (%)"].iloc[0] == "76.00, 77.00"
     shown = formatted(table).query("Labelled == '16' and Method == 'MLRPL'")
     assert shown["Dice (%)"].iloc[0] == "76.00"
     assert shown["Seeds"].iloc[0] == "1"
@@ -236,7 +237,7 @@ def test_optimism_is_published_minus_last_in_points(metrics, runs):
         "s0, s1, s2",
     )
     assert first["last"] == pytest.approx(73)
-    assert first["difference_sd"] == pytest.approx(0)
+    assert first["difference_seeds"] == pytest.approx([3, 3, 3])
     assert optimism(metrics[metrics["selection"] == "last"], runs).empty
 
 
@@ -373,9 +374,9 @@ def test_normalisation_sets_each_volumes_own_statistics_beside_the_running_ones(
     first = table.loc[(8, "MLRPL")]
     assert first["running"] == pytest.approx(row(comparison(metrics, runs), 8, "MLRPL")["dice"])
     assert first["difference"] == pytest.approx(21)  # seeds 0, 1, 2
-    assert first["difference_sd"] == pytest.approx(1)
+    assert first["difference_seeds"] == pytest.approx([20, 21, 22])
     assert first["own"] == pytest.approx(first["running"] + 21)
-    assert pd.isna(table.loc[(16, "MLRPL"), "difference_sd"])
+    assert table.loc[(16, "MLRPL"), "difference_seeds"] == pytest.approx([20])
     pd.testing.assert_frame_equal(comparison(both, runs), comparison(metrics, runs))  # the others know nothing of it
     pd.testing.assert_frame_equal(optimism(both, runs), optimism(metrics, runs))
     assert len(normalisation(metrics, runs)) == 0

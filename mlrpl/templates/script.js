@@ -1,11 +1,14 @@
 "use strict";
 
-// Tables: click a heading to sort; columns of numbers ("89.86 ± 0.41", "12 of 20", "—") go by value and to the right.
+// Tables: click a heading to sort; columns of numbers ("89.86 ± 0.41", "12 of 20", "—") go by value and to the right,
+// several in one cell ("89.0, 89.2") by their mean.
 {
   const number = /^([+-]?(?:\d+(?:,\d{3})*|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:%|±.*|\(.*\)|\[.*\]|of \d+|s|min|h|mm|MB|voxels?)?$/i;
   const missing = new Set(["", "—", "-", "–", "nan", "none", "<na>"]);
   const text = (row, column) => row.cells[column].textContent.trim().replace(/[−–](?=\d)/g, "-");
-  const value = (shown) => parseFloat(number.exec(shown)[1].replace(/,/g, ""));
+  const parts = (shown) => shown.split(", ");
+  const values = (shown) => parts(shown).map((part) => parseFloat(number.exec(part)[1].replace(/,/g, "")));
+  const value = (shown) => values(shown).reduce((sum, each) => sum + each) / parts(shown).length;
 
   function sort(body, column, numeric, direction) {
     const rows = [...body.rows].map((row) => ({ row, shown: text(row, column) }));
@@ -28,7 +31,7 @@
     if (!rows.length || !regular) continue;  // merged cells would be torn apart
     [...heads].forEach((head, column) => {
       const shown = rows.map((row) => text(row, column)).filter((t) => !missing.has(t.toLowerCase()));
-      const numeric = shown.length > 0 && shown.every((t) => number.test(t));
+      const numeric = shown.length > 0 && shown.every((t) => parts(t).every((part) => number.test(part)));
       if (numeric) [head, ...rows.map((row) => row.cells[column])].forEach((cell) => cell.classList.add("number"));
       head.classList.add("sortable");
       head.tabIndex = 0;
