@@ -262,7 +262,7 @@ def _progress(finished: int, asked: int) -> str:
 
 
 def write_overview(results: Path) -> None:
-    """`results/index.html`: the studies with what they found, then whatever else has a page there."""
+    """`results/index.html`: the studies with what they found, the paper's first; whatever else has a page there."""
     studies, others = [], []
     for index in sorted(results.glob("*/index.html")):
         facts = read_json(index.parent / "provenance.json")
@@ -275,4 +275,5 @@ def write_overview(results: Path) -> None:
             studies.append(Entry(title, href, text, tables.overview(comparison)))
         else:
             others.append(Entry(title, href, facts.get("summary", "")))
+    studies.sort(key=lambda study: not any("paper" in heading for heading in study.table))
     write_home(results / "index.html", title="MLRPL: results", lead=OVERVIEW, entries=[*studies, *others])

@@ -379,20 +379,27 @@ def test_remarks_tell_what_hinders_a_comparison():
 
 
 def test_the_overview_shows_each_studys_dice_and_goes_without_where_it_has_no_table(tmp_path):
-    for name in ("cut", "whole", "speed"):
+    for name in ("another", "cut", "whole", "speed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.html").write_text(name)
-    for name in ("cut", "whole"):
+    for name in ("another", "cut", "whole"):
         (tmp_path / name / "runs.csv").write_text("run,key\na,1\nb,2\n")
     (tmp_path / "whole" / "provenance.json").write_text('{"title": "Whole", "asked": 3}')
     (tmp_path / "speed" / "provenance.json").write_text('{"title": "Speed", "summary": "how fast"}')
-    (tmp_path / "whole" / "tables").mkdir()
-    rows = ["NA,1,last,decoder 1,79.50,10", "NA,1,published,decoder 1,80.10,10", "NA,1,last,mean of decoders,81.00,10"]
     header = "Labelled,Method,Seeds,Selection,Output,Dice (%),Cases"
-    (tmp_path / "whole/tables/comparison.csv").write_text("\n".join([header, *(f"4,{row}" for row in rows)]))
+    rows = ["NA,1,last,decoder 1,79.50,10", "NA,1,published,decoder 1,80.10,10", "NA,1,last,mean of decoders,81.00,10"]
+    for name, paper in {"another": "", "whole": "—"}.items():
+        (tmp_path / name / "tables").mkdir()
+        lines = [f"4,{row}" for row in rows]
+        if paper:  # a study of the paper's data comes first
+            header, lines = (
+                f"{header},Paper: Dice (%)",
+                [f"{line},{89.86 if 'published' in line else paper}" for line in lines],
+            )
+        (tmp_path / name / "tables/comparison.csv").write_text("\n".join([header, *lines]))
     write_overview(tmp_path)
     html = (tmp_path / "index.html").read_text(encoding="utf-8")
-    places = [html.index(f'href="{name}/index.html"') for name in ("whole", "cut", "speed")]
-    assert places == sorted(places) and html.count("<table") == 1
+    places = [html.index(f'href="{name}/index.html"') for name in ("whole", "another", "cut", "speed")]
+    assert places == sorted(places) and html.count("<table") == 2
     assert "10 test cases; 2 of 3 runs" in html and "how fast" in html
     assert all(f"<td>{text}</td>" in html for text in ("NA", "79.50", "80.10")) and "81.00" not in html
