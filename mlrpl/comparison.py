@@ -83,14 +83,15 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
         for job in shown
     }
     maps = {job.run.name: _label_maps(place, job) for job in shown}
+    labels = {job.run.name: _label(job, reference, found) for job in shown}
     at_hand = set.intersection(*(set(files) for files in maps.values()))
     ranked = [case for case in dice[reference.run.name].index if case in at_hand]
     chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     views = []
     for rank, case_id in chosen.items():
         case = place.store.load(case_id)
-        predictions = {_label(job, reference): _label_map(maps[job.run.name][case_id], case_id) for job in shown}
-        scores = {_label(job, reference): dice[job.run.name][case_id] for job in shown}
+        predictions = {label: _label_map(maps[name][case_id], case_id) for name, label in labels.items()}
+        scores = {label: dice[name][case_id] for name, label in labels.items()}
         views.append(CaseView(f"{rank}: {case_id}", case.image[0], case.label, predictions, scores, case.spacing))
     said = f"{reference.run.title}, {reference.run.labelled} labelled, seed {reference.run.seed}"
     return views, f"Chosen by the Dice of {said}: best, median, worst. Final weights of decoder 1."
@@ -119,6 +120,9 @@ def _label_map(file: Path, case_id: str) -> np.ndarray:
         return maps[case_id]
 
 
-def _label(job: Job, reference: Job) -> str:
-    same = job.run.labelled == reference.run.labelled
-    return job.run.title if same else f"{job.run.title}, {job.run.labelled} labelled"
+def _label(job: Job, reference: Job, found: Results) -> str:
+    """Its title, with the seed where there are others, and how many cases are labelled where that differs."""
+    run, runs = job.run, found.runs
+    seeds = runs.loc[(runs["variant"] == run.variant) & (runs["labelled"] == run.labelled), "seed"].nunique()
+    other = run.labelled != reference.run.labelled
+    return run.title + f", s{run.seed}" * (seeds > 1) + f", {run.labelled} labelled" * other

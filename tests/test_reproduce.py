@@ -458,6 +458,9 @@ def test_the_notebook_of_a_later_seed_shows_its_own_cases(place):
     views, said = case_views(at, run_frames(later))
     assert "seed 1" in said
     assert [list(view.predictions) for view in views] == [["MLRPL"]] * 3
+    views, said = case_views(at, collect([first, later], Results.load(at.results)))
+    assert "seed 0" in said
+    assert [list(view.predictions) for view in views] == [["MLRPL, s0"]] * 3  # a run of several says which
 
 
 def test_the_notebook_of_an_ablations_run_shows_its_own_cases(place):
