@@ -253,8 +253,8 @@ def test_a_study_under_random_kills_ends_with_the_rows_of_an_undisturbed_one(
     for _ in range(10):
         subprocess.run(command, check=True, capture_output=True)
         while ours := [job for job, (state, _) in queue().items() if state != "COMPLETING"]:
-            running = [job for job, (state, _) in queue().items() if state == "RUNNING" and "_" in job]
             time.sleep(random.uniform(2, 20))
+            running = [job for job, (state, _) in queue().items() if state == "RUNNING" and "_" in job]
             if running and sum(killed.values()) < 24:
                 how = random.choice(list(killed))
                 killed[how] += kill(how, random.choice(running))
