@@ -163,15 +163,15 @@ def formatted(table: pd.DataFrame, heading: str = "Dice (%)") -> pd.DataFrame:
             "Method": table["title"],
             f"{heading} [95 % over cases]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
             "Each seed": table["each"].map(each_seed),
-            "Compared with": [
-                "—" if pd.isna(r["reference"]) else f"{r['reference']}: {two_decimals(r['beside'])}" for r in rows
-            ],
             "Difference, seed by seed [95 % over cases]": [
                 with_interval(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
             ],
             "Seeds above": seeds_above(table),
             "p": table["p"].map(probability),
             "p (Holm)": table["p_holm"].map(probability),
+            "Compared with": [
+                "—" if pd.isna(r["reference"]) else f"{r['reference']}: {two_decimals(r['beside'])}" for r in rows
+            ],
             "Cases": table["cases"].astype(str),
         }
     )
