@@ -288,7 +288,10 @@ def kill(how: str, job: str) -> bool:
             random.choice(found).kill()
         return bool(found)
     asked = {"requeued": ["scontrol", "requeue", job], "announced": ["scancel", "--signal=USR2", job]}[how]
-    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run(asked, capture_output=True, check=False, timeout=5).returncode == 0
+    except subprocess.TimeoutExpired:  # of a job that is just being started scancel asks again and again
+        return False
 
 
 @pytest.mark.slow
