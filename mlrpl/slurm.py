@@ -98,7 +98,7 @@ def submit(
     record = read_json(place.runs / "slurm.json")
     waiting, now = queue(), {job.run.name: job.key for job in jobs}
     queued = {name: job for name, job in record.get("runs", {}).items() if job in waiting}
-    before = record.get("keys", {})
+    before = record.get("keys", now)  # records of before there were keys have none
     # What was queued before a method or a setting changed would refuse to run.
     stale = [name for name in queued if name in now and before.get(name) != now[name]]
     keys = before | now  # a part of the runs may be asked for, while others wait
