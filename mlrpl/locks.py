@@ -3,14 +3,14 @@
 Two locks are held together. `flock` ends with its process, however it ended, and the operating system answers at once;
 but some network file systems keep it to one machine. So there is a lease too: a file that is created exclusively, names
 its owner and is touched every few seconds. A lease of a process that is gone is taken over at once on its own machine,
-and elsewhere when it has not been touched for `LEASE_SECONDS`.
+and elsewhere when it has not been touched for `LEASE_SECONDS`; so is one that a killed process left without its name.
 """
 
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from filelock import LeaseCompromise as Compromise
 from mlrpl.errors import StudyError
 
 LEASE_SECONDS = 30.0
+GRACE_SECONDS = 2.0  # a killed process holds its flock until the system, and a child just forked, have let go of it
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,25 @@ def locked(folder: Path, busy: str, name: str = "", wait: float = 0) -> Iterator
         folder: must exist.
         busy: what to say where somebody else holds it.
         name: tells several locks of one folder apart.
-        wait: seconds to wait for somebody else; a lease without a sign of life is waited for in any case.
+        wait: seconds to wait for somebody else, if more than `GRACE_SECONDS`; a lease without a sign of life is waited
+            for in any case.
 
     Raises:
         StudyError: with `busy`.
     """
     try:
-        with FileLock(folder / f".{name}lock", timeout=wait), _lease(folder, name, 1.5 * LEASE_SECONDS):
-            yield
+        with FileLock(folder / f".{name}lock", timeout=max(wait, GRACE_SECONDS)):
+            _remove_nameless(_lease_file(folder, name))
+            with _lease(folder, name, 1.5 * LEASE_SECONDS):
+                yield
     except Timeout:
         raise StudyError(busy) from None
 
 
 def holder(folder: Path, name: str = "") -> Holder | None:
     """Who holds the lock of a folder; None where nobody does. Looking does not disturb who wants to take it."""
-    path = folder / f".{name}owner.lock"
     try:
-        owner, touched = _lease(folder, name, 0).owner, path.stat().st_mtime
+        owner, touched = _lease(folder, name, 0).owner, _lease_file(folder, name).stat().st_mtime
     except OSError:
         return None
     if owner is None:
@@ -66,8 +69,26 @@ def holder(folder: Path, name: str = "") -> Holder | None:
 
 def _lease(folder: Path, name: str, wait: float) -> SoftFileLease:
     return SoftFileLease(
-        folder / f".{name}owner.lock", lease_duration=LEASE_SECONDS, timeout=wait, on_compromise=_superseded
+        _lease_file(folder, name), lease_duration=LEASE_SECONDS, timeout=wait, on_compromise=_superseded
     )
+
+
+def _lease_file(folder: Path, name: str) -> Path:
+    return folder / f".{name}owner.lock"
+
+
+def _remove_nameless(lease: Path) -> None:
+    """A process killed between creating its lease and naming itself there leaves an empty file.
+
+    filelock takes one for held as long as it exists. Another machine may be about to write its name, so it is watched
+    for as long as any other lease without a sign of life.
+    """
+    with suppress(FileNotFoundError):
+        first, watched_from = lease.stat(), time.monotonic()
+        while not (now := lease.stat()).st_size and now.st_mtime_ns == first.st_mtime_ns:
+            if time.monotonic() - watched_from > LEASE_SECONDS:
+                lease.unlink()
+            time.sleep(0.1)
 
 
 def _superseded(loss: Compromise) -> None:

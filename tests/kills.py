@@ -103,8 +103,8 @@ def child(step: Callable[[], None], folder: str, aim: Aim | None, counter: Any) 
     for module in (mlrpl.execution, mlrpl.reproduce, mlrpl.study_report):
         module.execute = execute  # here: in pytest's own process the others need papermill
     os.chdir(folder)
-    sys.stdout = sys.stderr = io.StringIO()
     here = Path.cwd()
+    sys.stdout = sys.stderr = said(here).open("w", encoding="utf-8")
 
     def heard(event: str, arguments: tuple) -> None:
         path = written(event, arguments)
@@ -118,6 +118,11 @@ def child(step: Callable[[], None], folder: str, aim: Aim | None, counter: Any) 
 
     sys.addaudithook(heard)
     step()
+
+
+def said(folder: Path) -> Path:
+    """What the last process in the folder printed: beside it, so that what is compared stays as it is."""
+    return folder.with_suffix(".said")
 
 
 def written(event: str, arguments: tuple) -> str | None:
@@ -143,7 +148,9 @@ def undisturbed(step: Callable[[], None], folder: Path) -> tuple[float, int]:
     process, counter = start(step, folder)
     started = time.monotonic()
     process.join(600)
-    assert process.exitcode == 0, f"{step.__name__} in {folder}: exit code {process.exitcode}"
+    assert process.exitcode == 0, (
+        f"{step.__name__} in {folder}: exit code {process.exitcode}\n{said(folder).read_text()}"
+    )
     return time.monotonic() - started, counter.value
 
 
@@ -153,7 +160,9 @@ def killed(step: Callable[[], None], folder: Path, aim: Aim | None, after: float
     process.join(600 if aim else after)
     process.kill()
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode} in {folder}"
+    assert process.exitcode in (0, -signal.SIGKILL), (
+        f"exit code {process.exitcode} in {folder}\n{said(folder).read_text()}"
+    )
     return process.exitcode != 0
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,44 @@ def test_where_the_file_system_does_not_share_flock_the_lease_still_holds(tmp_pa
     monkeypatch.setattr(locks, "_lease", lambda folder, name, wait: lease(folder, name, 1))
     with pytest.raises(StudyError, match="busy"), locked(tmp_path, "busy"):
         pass
+
+
+def test_who_was_killed_a_moment_ago_may_still_be_letting_go(tmp_path):
+    flock = FileLock(tmp_path / ".lock", thread_local=False)
+    flock.acquire()
+    letting_go = threading.Timer(0.3, flock.release)
+    letting_go.start()
+    with locked(tmp_path, "busy"):
+        letting_go.join()
+
+
+@pytest.mark.fault("a lock's holder is killed")
+def test_a_lease_that_a_killed_process_left_empty_does_not_hold_for_ever(tmp_path, monkeypatch):
+    """kill -9 between creating the file and writing the name into it."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    (tmp_path / ".owner.lock").touch()
+    assert holder(tmp_path) is None
+    with locked(tmp_path, "busy"):
+        assert holder(tmp_path).pid == os.getpid()
+
+
+def test_an_empty_lease_that_is_still_touched_is_somebody_s(tmp_path, monkeypatch):
+    """As another machine sees it while the name is on its way."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    lease, ended = tmp_path / ".owner.lock", threading.Event()
+    lease.touch()
+
+    def beat() -> None:
+        while not ended.wait(0.2):
+            lease.touch()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(StudyError, match="busy"), locked(tmp_path, "busy"):
+        pass
+    ended.set()
+    thread.join()
+    assert lease.exists()
 
 
 def test_locks_of_other_names_and_folders_are_free(tmp_path):
