@@ -43,6 +43,7 @@ def index(tmp_path, picture):
             "Change": ["−2.5", "1.0", "-10.25", "0"],
             "Cells": [1234, 5, 60, 700],
             "Seeds": ["9.28, 79.40", "50", "—", "12.00, 80.00"],
+            "p": ["0.064", "—", "<0.001", "0.5"],
         }
     )
     runs = pd.DataFrame({"Run": [Link("mlrpl-4-s0", "runs/mlrpl-4-s0.html")], "Key": ["0" * 200]})
@@ -111,7 +112,7 @@ def test_index_says_what_it_was_given_and_escapes_it(index):
     assert "<td>6.91</td>" in html
     assert "<td>12.00</td>" in html
     assert "<td>1234</td>" in html
-    assert html.count("<td>—</td>") == 4  # texts, a missing distance, and in the provenance
+    assert html.count("<td>—</td>") == 5  # texts, a missing distance, and in the provenance
     assert '<td><a href="runs/mlrpl-4-s0.html">mlrpl-4-s0</a></td>' in html
     facts = {"commit": "c0ffee", "versions.torch": "2", "adopted": "no", "cuda": "—", "jobs": "1, 2"}
     for name, value in facts.items():
@@ -275,6 +276,7 @@ def column(browser, number: int, table: int = 0) -> list[str]:
         (3, ["-10.25", "−2.5", "0", "1.0"], ["1.0", "0", "−2.5", "-10.25"]),
         (4, ["5", "60", "700", "1234"], ["1234", "700", "60", "5"]),
         (5, ["9.28, 79.40", "12.00, 80.00", "50", "—"], ["50", "12.00, 80.00", "9.28, 79.40", "—"]),
+        (6, ["<0.001", "0.064", "0.5", "—"], ["0.5", "0.064", "<0.001", "—"]),
     ],
 )
 def test_table_sorts_on_click(number, ascending, descending, index, browser):
@@ -292,7 +294,7 @@ def test_table_sorts_on_click(number, ascending, descending, index, browser):
 def test_numbers_stand_to_the_right_and_names_to_the_left(index, browser):
     browser.open(index)
     align = "getComputedStyle(document.querySelector('table.data').tBodies[0].rows[0].cells[{}]).textAlign"
-    assert [browser.evaluate(align.format(number)) for number in range(5)] == ["left", *["right"] * 4]
+    assert [browser.evaluate(align.format(number)) for number in range(7)] == ["left", *["right"] * 6]
 
 
 def test_notebook_tables_sort_too(page, browser):
