@@ -483,6 +483,7 @@ def show(table: pd.DataFrame) -> Styler | Markdown:
         table.style.hide(axis="index")
         .format(precision=2, na_rep="—", escape="html")
         .format_index(escape="html", axis=1)
+        .set_table_attributes('class="dataframe"')  # as pandas' own: the page's script finds it by that
         .set_uuid("")
     )
 

@@ -12,7 +12,7 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from mlrpl import drawing
+from mlrpl import drawing, tables
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
@@ -66,7 +66,7 @@ def index(tmp_path, picture):
 def page(tmp_path):
     """An executed notebook as a page."""
     stream, display = v4.new_output, v4.new_output
-    styled = WIDE.to_html()
+    styled = tables.show(WIDE).to_html()
     cells = [
         v4.new_markdown_cell("# Training\n\nOne *run* of <i>several</i>."),
         v4.new_code_cell(
@@ -299,10 +299,12 @@ def test_numbers_stand_to_the_right_and_names_to_the_left(index, browser):
 
 def test_notebook_tables_sort_too(page, browser):
     browser.open(page)
-    head = "table.dataframe th:nth-child(2)"
+    head = "table.dataframe th:nth-child(1)"
     browser.click(head)
     browser.click(head)
-    assert column(browser, 1) == ["20.000", "10.000", "0.000"]
+    assert column(browser, 0) == ["20.000", "10.000", "0.000"]
+    align = "getComputedStyle(document.querySelector('table.dataframe tbody td')).textAlign"
+    assert browser.evaluate(align) == "right"
 
 
 def test_code_unfolds_by_cell_and_all_at_once(page, browser):
