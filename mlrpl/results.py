@@ -7,7 +7,7 @@ checks.csv   the published protocol's Dice at each check
 audit.csv    what audited runs counted (`mlrpl.audit`), pooled over stretches of the run
 ablations.csv  which run stands for which variant of which ablation at which seed, and the paper's figure for it
 
-A file without rows is not written.
+A file without rows is not written. runs.csv comes last: without it the others are what a killed process left.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write the files."""
-        for name, frame in vars(self).items():
+        for name, frame in sorted(vars(self).items(), key=lambda item: item[0] == "runs"):
             if frame.empty:
                 (folder / f"{name}.csv").unlink(missing_ok=True)
                 continue
@@ -52,11 +52,12 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
-        """Read what `save` wrote; empty frames where nothing is there."""
+        """Read what `save` wrote; empty frames where nothing is there, or `save` was killed before its end."""
+        ended = (folder / "runs.csv").exists()
         frames = {}
         for name in cls.__annotations__:
             path = folder / f"{name}.csv"
-            frames[name] = read_rows(path) if path.exists() else pd.DataFrame()
+            frames[name] = read_rows(path) if ended and path.exists() else pd.DataFrame()
         return cls(**frames)
 
     @property

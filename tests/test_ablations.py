@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mlrpl import results
 from mlrpl.ablations import caution, figure, formatted, shown, table
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
+from mlrpl.files import atomic
 from mlrpl.methods import find_method
 from mlrpl.results import Results, collect
 
@@ -138,6 +140,27 @@ def test_results_come_back_from_their_files(found, tmp_path):
     assert not (tmp_path / "audit.csv").exists()
     rows = [table(results, load_study(str(tmp_path / "s.yaml")).ablations[0]) for results in (found, again)]
     assert rows[0]["dice"].to_numpy() == pytest.approx(rows[1]["dice"].to_numpy())
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_what_a_kill_left_of_results_does_not_count(found, tmp_path, monkeypatch, written):
+    """kill -9 after so many of the files, of the first that a study has."""
+    files = iter(range(written))
+
+    def atomic_until_killed(path):
+        if next(files, None) is None:
+            raise KeyboardInterrupt
+        return atomic(path)
+
+    monkeypatch.setattr(results, "atomic", atomic_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        found.save(tmp_path)
+    assert len([*tmp_path.glob("*.csv")]) == written
+    left = Results.load(tmp_path)
+    assert (len(left), len(left.metrics), left.keys(["background", "a"])) == (0, 0, set())
+    monkeypatch.undo()
+    found.save(tmp_path)
+    assert Results.load(tmp_path).keys(["background", "a"]) == set(found.runs["key"])
 
 
 def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
