@@ -69,7 +69,7 @@ def comparison(metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] 
         metrics: Per-case rows.
         runs: A row a run.
         paper: The paper's figures, ``{"title", "labelled", "dice" (%), "hd95" (voxels)}``, either measure optional.
-            They stand beside the published selection, by which they were obtained.
+            They stand beside the published selection of decoder 1, by which they were obtained.
 
     Returns:
         ``labelled, title, selection, output``; per measure its mean over the seeds and, as ``<measure>_seeds``, a list
@@ -92,10 +92,12 @@ def comparison(metrics: pd.DataFrame, runs: pd.DataFrame, paper: Iterable[dict] 
     paper = list(paper)
     for measure in ("dice", "hd95"):
         figures = {
-            (entry["title"], entry["labelled"], "published"): entry[measure] for entry in paper if measure in entry
+            (entry["title"], entry["labelled"], "published", "decoder1"): entry[measure]
+            for entry in paper
+            if measure in entry
         }
         if figures:
-            rows = table[["title", "labelled", "selection"]].itertuples(index=False, name=None)
+            rows = table[["title", "labelled", "selection", "output"]].itertuples(index=False, name=None)
             table[f"paper_{measure}"] = [figures.get(row, float("nan")) for row in rows]
     return table
 

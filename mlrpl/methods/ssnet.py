@@ -16,7 +16,8 @@ prediction head. Per foreground class, V features f_i weighted by a selector's Ï
 The second line, equal to the first, never forms the pairs. Followed from the published code rather than the text: the
 memory is rebuilt in each iteration from the batch's correctly predicted foreground; the selector's *lowest* scores are
 kept (it sorts ascending); a class without new features keeps its old ones; background's memory stays empty, so that the
-background takes no part in the contrast, and needs no selectors.
+background takes no part in the contrast, and needs no selectors. Selectors, the memory's too, see features as they
+are; only the cosine sees them at length 1.
 """
 
 from typing import ClassVar
