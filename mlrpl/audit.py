@@ -93,7 +93,11 @@ class Audit:
 
     @contextmanager
     def observing(self, network: nn.Module, iteration: int) -> Iterator[bool]:
-        """Audit what `network` puts out within, if the iteration is due; yields whether. Its first pass counts."""
+        """Audit what `network` puts out within, if the iteration is due; yields whether. Its first pass counts.
+
+        Raises:
+            StudyError: where that pass is not of the whole batch: its volumes would be taken for others.
+        """
         if iteration % self.every:
             yield False
             return
@@ -103,6 +107,13 @@ class Audit:
             yield True
         finally:
             handle.remove()
+        volumes = sum(self.batches.sizes)
+        if not seen or len(seen[0][0][0]) != volumes:
+            found = f"of {len(seen[0][0][0])} of a batch's {volumes} volumes" if seen else "missing"
+            raise StudyError(
+                f"an audit looks at the network's first pass of a step, which is {found}: begin the loss with "
+                "self.network(batch.image), or leave this method out of `audit`"
+            )
         logits, features = seen[0]
         if logits[0].is_cuda:
             torch.cuda.synchronize(logits[0].device)  # the step's own time is not the audit's

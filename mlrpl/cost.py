@@ -86,9 +86,10 @@ def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device
     run = job.run
     with TemporaryDirectory() as folder:
         trainer = Trainer(run, store, Path(folder), job.key, device)
-        first = run.settings.ramp_iterations  # when every term is at work
+        last = run.settings.iterations
+        first = min(run.settings.ramp_iterations, (last + 1) // 2)  # when every term is at work
         begun_s = seconds(lambda: trainer.step(first), device)  # on a GPU it may compile first
-        step_s = _step_seconds(lambda done: trainer.step(first + 1 + done), device)
+        step_s = _step_seconds(lambda done: trainer.step(min(first + 1 + done, last)), device)
     settings, method = run.settings, trainer.method
     test, checked = _windows(store, store.ids("test"), method), _windows(store, check_cases(store), method)
     case = store.load(store.ids("test")[0])

@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import os
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -36,12 +37,13 @@ from mlrpl.evaluation import test_dice
 from mlrpl.files import atomic, write_json
 from mlrpl.interrupt import stop_requests
 from mlrpl.memory import require
-from mlrpl.methods import Method, Step, build
+from mlrpl.methods import METHODS, Method, Step, build
 from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.optimisation import Optimisation, make_optimizer, restore, set_rate
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.process import tune
 from mlrpl.provenance import device_name, environment
+from mlrpl.rehearsal import check_signature, rehearse, signature
 from mlrpl.words import counted
 
 LOG_COLUMNS = (
@@ -109,9 +111,14 @@ def _unusable(name: str | None, error: Exception) -> StudyError:
 
 
 def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Generator:
-    """Seed PyTorch's global generators for one iteration (0: initialisation); returns a generator for the method."""
+    """Seed PyTorch's global generators for one iteration (0: initialisation); returns a generator for the method.
+
+    Python's and NumPy's, too: nothing here draws from them, but a method of one's own may.
+    """
     states = np.random.SeedSequence([seed, iteration]).generate_state(2, np.uint64) >> 1
     torch.manual_seed(int(states[0]))
+    random.seed(int(states[0]))
+    np.random.seed(int(states[0]) % 2**32)  # noqa: NPY002
     return torch.Generator(device).manual_seed(int(states[1]))
 
 
@@ -281,6 +288,7 @@ class Trainer:
         torch.set_num_threads(run.settings.threads)
         tune(device)
         self.method = make_method(run, store, device)
+        self.built = signature(self.method)
         self.batches = make_batches(run, store, self.method)
         self.staged = Ahead(
             lambda iteration: stage(self.batches(iteration), device), AHEAD if device.type == "cuda" else 1
@@ -356,14 +364,26 @@ class Trainer:
     def step(self, iteration: int) -> dict[str, Any]:
         """One step of training, that of the iteration given (from 1); returns its terms, still on the device."""
         settings = self.run.settings
-        generator = seed_iteration(self.run.seed, iteration, self.device)
-        step = Step(iteration, settings.iterations, generator)
+        step = self._begun(iteration)
         rate = learning_rate(settings.lr_schedule, settings.learning_rate, iteration, settings.iterations)
         set_rate(self.optimizer, rate)
         auditing = self.audit.observing(self.method.network, iteration) if self.audit else nullcontext(False)
         with auditing as observed:
             terms = self.optimise(self.staged(iteration), step, observed)
         return {**terms, "learning_rate": rate}
+
+    def _begun(self, iteration: int) -> Step:
+        return Step(iteration, self.run.settings.iterations, seed_iteration(self.run.seed, iteration, self.device))
+
+    def _rehearse(self) -> None:
+        """A method of one's own may not do what is taken for granted of the package's: better said now than later."""
+        rehearse(
+            lambda: make_method(self.run, self.store, self.device),
+            lambda iteration: stage(self.batches(iteration), self.device),
+            self._begun,
+            self.precision,
+            self.device,
+        )
 
     def _weights(self) -> dict[str, Any]:
         return {
@@ -380,6 +400,9 @@ class Trainer:
         """
         if not all(torch.isfinite(p).all() for p in self.method.parameters()):
             raise self._diverged("a weight is not finite")
+        if undefined := [name for name, buffer in self.method.named_buffers() if buffer.isnan().any()]:
+            raise self._diverged(f"{undefined[0]} holds NaN")
+        check_signature(self.method, self.built)
         for log in self.logs:
             log.flush()
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.device))
@@ -423,6 +446,8 @@ class Trainer:
             StoppedError: on Ctrl-C or SIGTERM, when the checkpoint is written.
         """
         with stop_requests() as asked:
+            if self.iteration == 0 and self.run.method not in METHODS:
+                self._rehearse()
             return self._train(watch, asked)
 
     def _train(self, watch: Callable[[Progress], None] | None, asked: Event) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from mlrpl.audit import (
 from mlrpl.config import Dataset, Run, Settings, load_study
 from mlrpl.data import Batches, Case, Store, prepare
 from mlrpl.errors import StudyError
+from mlrpl.methods import METHODS
+from mlrpl.methods.mlrpl import MLRPL
 from mlrpl.reliability import select, weigh
 from mlrpl.results import Results
 from mlrpl.study import Workplace
@@ -269,6 +271,29 @@ def test_killed_and_resumed_the_audit_has_each_row_once(store, audited, tmp_path
     monkeypatch.setattr(Trainer, "step", step)
     train(example(), store, folder)
     assert (folder / "audit.csv").read_bytes() == (audited / "audit.csv").read_bytes()
+
+
+class LabelledFirst(MLRPL):
+    def loss(self, batch, step):
+        self.network(batch.image[: len(batch.label)])
+        return super().loss(batch, step)
+
+
+class PartByPart(MLRPL):
+    def loss(self, batch, step):
+        skips = self.network.encoder(batch.image)
+        return {"total": sum(decoder(skips)[0].float().mean() for decoder in self.network.decoders)}
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    (LabelledFirst, "first pass of a step, which is of 2 of a batch's 4 volumes: begin the loss with"),
+    (PartByPart, "first pass of a step, which is missing"),
+])  # fmt: skip
+def test_a_pass_that_is_not_the_whole_batch_is_not_taken_for_it(store, tmp_path, monkeypatch, method, said):
+    """Its volumes would be measured with the hidden labels of others."""
+    monkeypatch.setitem(METHODS, "mlrpl", method)
+    with pytest.raises(StudyError, match=said):
+        train(example(), store, tmp_path / "run")
 
 
 def test_the_key_does_not_know_of_the_audit():

@@ -495,11 +495,18 @@ def test_a_check_leaves_no_trace_in_training(store, undisturbed, tmp_path):
     assert log_without_seconds(other) == log_without_seconds(undisturbed)
 
 
+def test_a_rehearsal_leaves_no_trace_in_training(store, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "METHODS", {})  # as if it were one's own
+    other = train(example(iterations=20), store, tmp_path)
+    assert equal(weights(other / "last.pt"), weights(undisturbed / "last.pt"))
+    assert log_without_seconds(other) == log_without_seconds(undisturbed)
+
+
 # Trouble.
 
 
 class Diverging(MLRPL):
-    """MLRPL whose loss, or one of whose gradients, is not finite from some iteration on."""
+    """MLRPL whose loss, or one of whose gradients or buffers, is not finite from some iteration on."""
 
     wrong_from, what = 8, "loss"
 
@@ -508,12 +515,20 @@ class Diverging(MLRPL):
         if step.iteration >= self.wrong_from:
             if self.what == "loss":
                 terms["total"] = terms["total"] * torch.nan
-            else:
+            elif self.what == "gradient":
                 next(self.parameters()).register_hook(lambda gradient: gradient * torch.inf)
         return terms
 
+    def after_step(self, step):
+        if step.iteration >= self.wrong_from and self.what == "buffer":
+            next(self.buffers()).fill_(torch.nan)  # a running mean, which training does not use
 
-@pytest.mark.parametrize(("what", "said"), [("loss", "the loss is nan"), ("gradient", "a weight is not finite")])
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("loss", "the loss is nan"),
+    ("gradient", "a weight is not finite"),
+    ("buffer", "network.encoder.*.running_mean holds NaN"),
+])  # fmt: skip
 @pytest.mark.fault("a loss or weight that is not finite")
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(
     store, tmp_path, monkeypatch, checkpoints_every, what, said

@@ -60,9 +60,11 @@ def find_method(name: str) -> type[Method]:
         raise StudyError(f"method {name!r}: {error}") from None
     except Exception as error:  # whatever is wrong in a file of one's own
         raise StudyError(f"method {name!r}: {type(error).__name__}: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise StudyError(f'no method {name!r}: choose one of {", ".join(METHODS)}, or name your own as "module:Class"')
-    return found
+    if isinstance(found, type) and issubclass(found, Method):
+        return found
+    if attribute:
+        raise StudyError(f"method {name!r}: {attribute} is no class that extends mlrpl.methods.Method")
+    raise StudyError(f'no method {name!r}: choose one of {", ".join(METHODS)}, or name your own as "module:Class"')
 
 
 def result_version(method: type[Method]) -> int | str:
@@ -112,6 +114,13 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
         raise StudyError(f"run {run.name}: {run.method}: {type(error).__name__}: {error}") from None
     if not isinstance(getattr(built, "network", None), nn.Module):
         raise StudyError(f"run {run.name}: {run.method} sets no self.network")
+    if hidden := [name for name in (*vars(built), *built._modules) if callable(getattr(Method, name, None))]:
+        raise StudyError(
+            f"run {run.name}: {run.method} sets self.{hidden[0]}, which hides Method.{hidden[0]}: "
+            "give the attribute another name"
+        )
+    if method.loss is Method.loss:
+        raise StudyError(f"run {run.name}: {run.method} has no loss(self, batch, step)")
     if run.settings.normalisation == "instance":
         normalise_instances(built)
     return built
