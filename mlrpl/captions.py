@@ -21,10 +21,10 @@ curves are compared with the range of float32's seeds: the share of training tha
 and its single runs, spend within it, and what single runs would if precision made no difference. Such single runs leave
 a range of n seeds 2 of n + 1 times; their mean leaves it more rarely, how much so the seeds' spread decides."""
 SURE = """Intervals are bootstrapped over the test cases, each averaged over its seeds. Wilcoxon's signed-rank test
-pairs the same cases of a method and MLRPL, over the seeds that both have, with Holm's correction over the methods at
-one number of labelled cases. What names a condition in brackets, such as instance norm, is compared with MLRPL under
-the same. A difference is to the reference's runs with the same seeds; their mean stands beside its name. Final weights
-of decoder 1."""
+pairs the same cases of a method and of what it is compared with, over the seeds that both have, with Holm's correction
+over the methods at one number of labelled cases. What names a condition in brackets, such as instance norm, is compared
+under the same. A difference is to the reference's runs with the same seeds; their mean stands beside its name. Final
+weights of decoder 1."""
 SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
 for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights of decoder 1."
@@ -49,7 +49,7 @@ CAPTIONS = {
     "checks": "Every check on the test cases. Where there are several seeds, faint lines are theirs and the strong one "
     "is their mean; of each seed the best check, which *published* selects, and the end of training are marked.",
     "precision": "Running means over a fortieth of training; bold is the mean over seeds, the band float32's range.",
-    "differences": "Paired differences to MLRPL over the test cases, each averaged over its seeds; p after Holm's "
+    "differences": "Paired differences over the test cases, each averaged over its seeds; p after Holm's "
     "correction. Where there are several seeds, each has a mark: what other trainings may do to a difference.",
     "reliability-which": "Share of right pseudo-labels among those that WR keeps and drops, beside the surest of the "
     "same batch, as many as WR keeps of all classes together. The class is the pseudo-label's, the distance "
@@ -60,6 +60,7 @@ CAPTIONS = {
     "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: chance.",
     "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest, for HR's weight and for "
     "the largest probability.",
-    "contours": "Best, median and worst test case by the Dice of MLRPL's first seed (where there is none: of the first "
-    "method), on the x–y slice where the reference is largest. Every method's first seed, final weights of decoder 1.",
+    "contours": "Best, median and worst test case by the Dice of the first seed of what the others are compared with "
+    "(where it is not there: of the first method), on the x–y slice where the reference is largest. Every method's "
+    "first seed, final weights of decoder 1.",
 }

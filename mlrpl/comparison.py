@@ -24,12 +24,14 @@ def headline(found: Results, place: Workplace) -> pd.DataFrame:
 def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
     """The tables of 04-compare as text, by the names of their files; the last needs the case store."""
     paper = [figure.model_dump() for figure in place.study.paper]
-    rows = found.metrics, found.runs
+    rows, reference = (found.metrics, found.runs), place.study.reference_title
     pairs = precision_report.pairs(place.study.runs(), found.runs)
     return {
         "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
-        "statistics": statistics.formatted(statistics.summary(*rows)),
-        "statistics-published": statistics.formatted(statistics.summary(*rows, selection="published")),
+        "statistics": statistics.formatted(statistics.summary(*rows, reference=reference)),
+        "statistics-published": statistics.formatted(
+            statistics.summary(*rows, selection="published", reference=reference)
+        ),
         "optimism": tables.formatted_optimism(*rows),
         "largest": tables.formatted_largest(*rows, paper, place.study.distances),
         "normalisation": tables.formatted_normalisation(*rows),
@@ -68,7 +70,7 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     local = first_seeds(predicted)
     if not local:
         return [], "No label maps are at hand."
-    reference = next((job for job in local if job.run.variant == "mlrpl"), local[0])
+    reference = next((job for job in local if job.run.variant == (place.study.reference or "mlrpl")), local[0])
     shown = [job for job in local if job.run.labelled == reference.run.labelled]
     shown += [job for job in local if job.run.labelled == max(j.run.labelled for j in local) and job not in shown]
     rows = found.metrics

@@ -207,6 +207,7 @@ class Ablation(Model):
             )
 
 
+REFERENCE = "MLRPL"  # the title of what all others are compared with, where a study names no other
 ADDED_LATER = ("normalisation",)  # not in a key at their defaults, so that results from before keep theirs
 
 
@@ -296,6 +297,7 @@ class Study(Model):
         seeds: of the runs that do not name their own.
         runs: in order of importance: the first seed of all lines runs before the second of any.
         paper: published figures.
+        reference: variant that the statistics compare all others with; by default what has the title "MLRPL".
         audit: which runs are audited, and how often; None for none.
         ablations: their runs come after the study's own of the same seed.
         ablations_of: a study whose committed ablations the report shows in their place.
@@ -311,18 +313,26 @@ class Study(Model):
     seeds: Seeds = (0,)
     entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
     paper: tuple[PaperFigure, ...] = ()
+    reference: Slug | None = None
     audit: Audit | None = None
     ablations: tuple[Ablation, ...] = ()
     ablations_of: Slug | None = None
 
     @model_validator(mode="after")
-    def audits_what_it_has(self) -> "Study":
-        """A misspelt variant would never be audited, and nobody would notice."""
+    def names_variants_that_it_has(self) -> "Study":
+        """A misspelt variant would never be audited or compared with, and nobody would notice."""
         known = [entry.variant for entry in self.entries]
-        for variant in self.audit.variants if self.audit else ():
+        named = [("audit", variant) for variant in (self.audit.variants if self.audit else ())]
+        named += [("reference", self.reference)] if self.reference else []
+        for where, variant in named:
             if variant not in known:
-                raise ValueError(f"audit: no line of runs has the variant {variant!r}: choose of {', '.join(known)}")
+                raise ValueError(f"{where}: no line of runs has the variant {variant!r}: choose of {', '.join(known)}")
         return self
+
+    @property
+    def reference_title(self) -> str:
+        """The title of what all others are compared with."""
+        return next((entry.title for entry in self.entries if entry.variant == self.reference), REFERENCE)
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed.

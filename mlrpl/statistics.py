@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy import stats
 
+from mlrpl.config import REFERENCE
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import per_seed, two_decimals, with_interval
 
@@ -23,7 +24,6 @@ LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
 FEW = {2: "Two", 3: "Three"}  # seeds
-REFERENCE = "MLRPL"
 REACH = 20  # points of Dice up to which the figure of differences is linear throughout
 LINEAR = 5  # and, where a method is further off, in its middle
 TICKS = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50)  # then
@@ -193,11 +193,13 @@ def probability(p: float) -> str:
     return "—" if pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def limits(table: pd.DataFrame) -> str:
+def limits(table: pd.DataFrame, reference: str = REFERENCE) -> str:
     """What cannot be concluded from a `summary`, in sentences; empty where nothing stands against it."""
     said = []
     if table["difference"].isna().all():
-        return f"There is no other method to compare {REFERENCE} with."
+        if any(title == reference or title.startswith(f"{reference} (") for title in table["title"]):
+            return f"There is no other method to compare {reference} with."
+        return f"{reference} is not among the methods, so nothing is compared: the study may name another `reference`."
     if (table["seeds"] == 1).all():
         said.append(
             "Each was trained with one seed: another seed may change a difference's size and its sign. "

@@ -12,7 +12,7 @@ from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.execution import execute, notebook_parameters
 from mlrpl.explore import explorable
-from mlrpl.files import copy_whole, read_json, read_rows, remove_temporary, write_json
+from mlrpl.files import copy_whole, read_json, read_rows, remove_temporary, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
@@ -74,6 +74,7 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
                     "../index.html",
                 )
     _keep_predictions(place, found)
+    _keep_code(place, found)
     # Rows may be adopted from another study; what our own provenance says comes last, so it counts.
     pages = [*sorted(folder.parent.glob("*/provenance.json")), folder / "provenance.json"]
     before = {facts.get("key"): facts for path in pages for facts in read_json(path).get("runs", {}).values()}
@@ -107,6 +108,16 @@ def _keep_predictions(place: Workplace, found: Results) -> None:
             copy_whole(job.folder / PREDICTIONS, folder / f"{job.run.name}.npz")
 
 
+def _keep_code(place: Workplace, found: Results) -> None:
+    """A commit of this repository does not tell what a method of one's own was."""
+    code, folder = place.own_code(found.runs["run"]), place.results / "code"
+    for path in folder.rglob("*.py"):
+        if path.relative_to(folder) not in code:
+            path.unlink()
+    for path, text in code.items():
+        write_text(folder / path, text)
+
+
 def _described(job: Job) -> dict[str, Any]:
     """A run's stages as provenance.json has them, without their keys."""
     return {
@@ -130,7 +141,8 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
     study, folder = place.study, place.results
     everything, found = found, found.compared()
     made = comparison_tables(place, found)
-    sure = statistics.summary(found.metrics, found.runs)
+    reference = study.reference_title
+    sure = statistics.summary(found.metrics, found.runs, reference=reference)
     shown = [name for name in REPORT_PAGES if (folder / f"{name}.html").exists()]
     sections = [
         Section(
@@ -141,7 +153,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
         ),
         Section(
             "How sure is that",
-            f"{captions.SURE} {statistics.limits(sure)}",
+            f"{captions.SURE} {statistics.limits(sure, reference)}",
             made["statistics"],
             figures=_pictures(folder, "differences"),
         ),
@@ -163,6 +175,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             links=[
                 Link("Data", "01-data.html"),
                 *(Link(REPORT_PAGES[name], f"{name}.html") for name in shown),
+                *(Link(path.as_posix(), f"code/{path.as_posix()}") for path in place.own_code(everything.runs["run"])),
             ],
         ),
     ]

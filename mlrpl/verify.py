@@ -58,7 +58,7 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
     found = Results.load(place.results)
     if not len(found):
         raise StudyError(f"{place.results}: no rows here; type mlrpl reproduce {place.given}")
-    findings = [*_tables(place, found), _commits(found)]
+    findings = [*_tables(place, found), _commits(place, found)]
     if place.at_hand:
         jobs = [job for job in place.jobs if job.finished("evaluate")]
         findings += [_keys(place, found), _rows(jobs, found), _predictions(place, jobs)]
@@ -110,9 +110,11 @@ def _different_cells(shown: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
     ]
 
 
-def _commits(found: Results) -> Finding:
+def _commits(place: Workplace, found: Results) -> Finding:
     dirty = found.runs.loc[found.runs["commit"].astype(str).str.endswith(CHANGED), "run"]
     remark = f"made with uncommitted changes: {', '.join(dirty)}" if len(dirty) else "all of a committed working tree"
+    if own := place.own_code(found.runs["run"]):
+        remark += f"; no commit tells of {', '.join(map(str, own))}, kept in {place.results}/code"
     return Finding("commits of runs", 0, remark=f"{counted(len(found.runs), 'run')}, {remark}")
 
 

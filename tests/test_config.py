@@ -243,7 +243,7 @@ def test_a_study_knows_its_settings_by_their_values():
     ("unet", "no method 'unet': choose one of vnet, "),
     ("nowhere_to_be_found:Mine", "method 'nowhere_to_be_found:Mine': No module named"),
     ("mlrpl.config:Nothing", "method 'mlrpl.config:Nothing'"),
-    ("mlrpl.config:Settings", "no method 'mlrpl.config:Settings'"),
+    ("mlrpl.config:Settings", "method 'mlrpl.config:Settings': Settings is no class that extends mlrpl.methods.Method"),
     ("mlrpl.methods", "no method 'mlrpl.methods'"),
 ])  # fmt: skip
 def test_an_unknown_method_is_answered_in_one_line(name, expected):

@@ -624,7 +624,11 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     results = Results.load(own.folder / "results/own")
     assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0", "plain-1-s0"]
     assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation", "own_methods:Plain"}
-    assert "3 of 4 runs finished" in (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    page = (own.folder / "results/own/index.html").read_text(encoding="utf-8")
+    assert "3 of 4 runs finished" in page
+    for name in ("own_methods.py", "entropy.py"):  # no commit tells what they were
+        assert (own.folder / "results/own/code" / name).read_text() == (own.folder / name).read_text()
+        assert f'href="code/{name}"' in page
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
 
 

@@ -142,7 +142,18 @@ def test_without_the_reference_nothing_is_compared():
     table = summary(*study({"A": [0.8, 0.7, 0.6], "B": [0.7, 0.6, 0.5]}))
     assert table["difference"].isna().all()
     assert differences(table) is None
-    assert "no other method" in limits(table)
+    assert limits(table).startswith("MLRPL is not among the methods")
+    alone = summary(*study({"MLRPL": [0.8, 0.7, 0.6]}))
+    assert limits(alone) == "There is no other method to compare MLRPL with."
+
+
+def test_a_study_may_name_another_reference():
+    rows = study({"MLRPL": [0.8, 0.7, 0.6], "Mine": [0.9, 0.8, 0.7]})
+    table = summary(*rows, reference="Mine").set_index("title")
+    assert table.loc["MLRPL", "difference"] == pytest.approx(-10)
+    assert table.loc["MLRPL", "reference"] == "Mine" and np.isnan(table.loc["Mine", "difference"])
+    (axes,) = differences(table.reset_index(), reference="Mine").axes
+    assert axes.get_xlabel().startswith("difference to Mine")
 
 
 def test_the_figure_shows_every_difference_with_its_p():
