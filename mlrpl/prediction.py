@@ -99,7 +99,8 @@ def _named(place: Workplace, name: str) -> list[Job]:
     jobs = [job for job in place.jobs if name in (job.run.name, _group(job))]
     if not jobs:  # a variant's name will do where it has one run
         jobs = [job for job in place.jobs if name == job.run.variant]
-        jobs = jobs if len({_group(job) for job in jobs}) == 1 else []
+        if len(several := dict.fromkeys(_group(job) for job in jobs)) > 1:
+            raise StudyError(f"study {place.study.name}: {name} is several runs, name one: {', '.join(several)}")
     if not jobs:
         known = ", ".join(dict.fromkeys(_group(job) for job in place.jobs))
         raise StudyError(f"study {place.study.name} has no run {name!r}: it has {known}")

@@ -242,6 +242,7 @@ def test_a_study_knows_its_settings_by_their_values():
 @pytest.mark.parametrize(("name", "expected"), [
     ("unet", "no method 'unet': choose one of vnet, "),
     ("nowhere_to_be_found:Mine", "method 'nowhere_to_be_found:Mine': No module named"),
+    ("entropy.py:Mine", "; write entropy:Mine"),
     ("mlrpl.config:Nothing", "method 'mlrpl.config:Nothing'"),
     ("mlrpl.config:Settings", "method 'mlrpl.config:Settings': Settings is no class that extends mlrpl.methods.Method"),
     ("mlrpl.methods", "no method 'mlrpl.methods'"),

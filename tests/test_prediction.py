@@ -17,7 +17,7 @@ from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.prediction import Ensemble, Image, find_images, predict, predict_image
+from mlrpl.prediction import Ensemble, Image, find_images, open_ensemble, predict, predict_image
 
 CPU = torch.device("cpu")
 FLIPPED = np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]])  # axes permuted and flipped
@@ -243,6 +243,12 @@ def test_finding_images(tmp_path):
         find_images([tmp_path / "b_0000.nii.gz", tmp_path / "more"], 1)
     with pytest.raises(StudyError, match="not there"):
         find_images([tmp_path / "c.nii"], 1)
+
+
+def test_a_variant_of_several_runs_is_answered_with_their_names(tmp_path):
+    said = "study phantom-full: cct is several runs, name one: cct-4-s0, cct-8-s0, cct-4-s1, cct-4-s2"
+    with pytest.raises(StudyError, match=said):
+        open_ensemble("phantom-full/cct", str(tmp_path), CPU)
 
 
 def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
