@@ -228,16 +228,29 @@ class Stage:
                 if not killed(self.step, folder, aim, after):
                     break
                 done += 1
-            undisturbed(self.step, folder)
-            found = content(folder)
-            wrong = [name for name in self.same if found.get(name) != self.same[name]] + list(set(found) ^ self.names)
-            if wrong:
-                print(f"{self.step.__name__}: killed at {told}, wrong: {wrong}")
-                lost += 1
-                folder.rename(self.scratch / f"lost-{rng.random()}")
-            else:
-                shutil.rmtree(folder)
+            lost += self._ends_wrong(folder, told)
         return lost
+
+    def kill_at_each_event(self) -> int:
+        """A kill at each event of writing, renaming or removing; returns the number of those that ended wrong."""
+        lost = 0
+        for number in range(1, self.events + 1):
+            folder, aim = self._fresh("chain"), Aim(number)
+            killed(self.step, folder, aim, 0)
+            lost += self._ends_wrong(folder, [aim])
+        return lost
+
+    def _ends_wrong(self, folder: Path, told: list[Aim | float]) -> bool:
+        """Go on undisturbed where kills left a folder, and compare."""
+        undisturbed(self.step, folder)
+        found = content(folder)
+        wrong = [name for name in self.same if found.get(name) != self.same[name]] + list(set(found) ^ self.names)
+        if wrong:
+            print(f"{self.step.__name__}: killed at {told}, wrong: {wrong}")
+            folder.rename(self.scratch / f"lost-{told[-1]}")
+        else:
+            shutil.rmtree(folder)
+        return bool(wrong)
 
 
 def write_study(folder: Path, **changes: Any) -> Path:

@@ -61,6 +61,13 @@ def test_killed_anywhere_it_ends_with_the_right_bytes(stages, stage, record_prop
     assert lost == 0, f"seed {seed}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SHARES)
+def test_killed_at_each_moment_of_writing_it_ends_with_the_right_bytes(stages, stage):
+    """All of them, once: chance takes long to find the few between two files that belong together."""
+    assert stages[stage].kill_at_each_event() == 0
+
+
 @pytest.mark.fault("two studies write into the same folders")
 def test_two_studies_that_share_their_folders_do_not_harm_each_other(tmp_path):
     """At the same time, on the same case store and the same page over all studies."""
