@@ -60,7 +60,7 @@ CAPTIONS = {
     "reliability-how": "How well each measure's weight tells right pseudo-labels from wrong ones; dotted: chance.",
     "reliability-diagram": "Ten groups of equal size, from the lowest weights to the highest, for HR's weight and for "
     "the largest probability.",
-    "contours": "Best, median and worst test case by the Dice of the first seed of what the others are compared with "
-    "(where it is not there: of the first method), on the x–y slice where the reference is largest. Every method's "
-    "first seed, final weights of decoder 1.",
+    "contours": "Best, median and worst test case by the Dice of the first seed of the method that the others are "
+    "compared with (of the first method where it is not there), on the x–y slice where the reference is largest. Every "
+    "method's first seed, final weights of decoder 1.",
 }

@@ -70,7 +70,7 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     local = first_seeds(predicted)
     if not local:
         return [], "No label maps are at hand."
-    reference = next((job for job in local if job.run.variant == (place.study.reference or "mlrpl")), local[0])
+    reference = next((job for job in local if job.run.title == place.study.reference_title), local[0])
     shown = [job for job in local if job.run.labelled == reference.run.labelled]
     shown += [job for job in local if job.run.labelled == max(j.run.labelled for j in local) and job not in shown]
     rows = found.metrics

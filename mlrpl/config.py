@@ -327,6 +327,8 @@ class Study(Model):
         for where, variant in named:
             if variant not in known:
                 raise ValueError(f"{where}: no line of runs has the variant {variant!r}: choose of {', '.join(known)}")
+        if len({entry.title for entry in self.entries if entry.variant == self.reference}) > 1:
+            raise ValueError(f"reference: the lines of {self.reference!r} have several titles; give them one")
         return self
 
     @property

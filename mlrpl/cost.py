@@ -89,7 +89,8 @@ def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device
         last = run.settings.iterations
         first = min(run.settings.ramp_iterations, (last + 1) // 2)  # when every term is at work
         begun_s = seconds(lambda: trainer.step(first), device)  # on a GPU it may compile first
-        step_s = _step_seconds(lambda done: trainer.step(min(first + 1 + done, last)), device)
+        after = max(last - first, 1)  # of a short run, these again and again
+        step_s = _step_seconds(lambda done: trainer.step(min(first + 1 + done % after, last)), device)
     settings, method = run.settings, trainer.method
     test, checked = _windows(store, store.ids("test"), method), _windows(store, check_cases(store), method)
     case = store.load(store.ids("test")[0])

@@ -64,6 +64,18 @@ def _batch_norms(method: Method) -> list[nn.BatchNorm3d]:
 
 
 @contextmanager
+def evaluating(method: Method) -> Iterator[None]:
+    """Within, all of a method is in evaluation mode; afterwards each module is in the mode that it was in."""
+    training = [module for module in method.modules() if module.training]
+    method.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def predicting(
     method: Method, outputs: Sequence[str], device: torch.device, precision: Precision
 ) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -77,12 +89,8 @@ def predicting(
         with computing(device, precision):
             return torch.cat(method.predict(windows, tuple(outputs)), dim=1)[:given]
 
-    training = method.training
-    method.eval()
-    try:
+    with evaluating(method):
         yield predict
-    finally:
-        method.train(training)
 
 
 def predict_case(

@@ -84,7 +84,7 @@ def typical(place: Workplace) -> tuple[Job, str]:
         raise StudyError(
             f"study {place.study.name}: no trained run in {place.root}/: make reproduce STUDY={place.given}"
         )
-    job = next((job for job in jobs if job.run.variant == "mlrpl"), jobs[0])
+    job = next((job for job in jobs if job.run.title == place.study.reference_title), jobs[0])
     cases = place.data_of(job.run).ids("test")
     if (job.folder / "metrics.csv").exists():
         cases = case_dice(read_rows(job.folder / "metrics.csv")).index.tolist()

@@ -33,21 +33,20 @@ class Holder:
 
 
 @contextmanager
-def locked(folder: Path, busy: str, name: str = "", wait: float = 0) -> Iterator[None]:
+def locked(folder: Path, busy: str, name: str = "", wait: float = GRACE_SECONDS) -> Iterator[None]:
     """Hold the lock of a folder.
 
     Args:
         folder: must exist.
         busy: what to say where somebody else holds it.
         name: tells several locks of one folder apart.
-        wait: seconds to wait for somebody else, if more than `GRACE_SECONDS`; a lease without a sign of life is waited
-            for in any case.
+        wait: seconds to wait for somebody else; a lease without a sign of life is waited for in any case.
 
     Raises:
         StudyError: with `busy`.
     """
     try:
-        with FileLock(folder / f".{name}lock", timeout=max(wait, GRACE_SECONDS)):
+        with FileLock(folder / f".{name}lock", timeout=wait):
             _remove_nameless(_lease_file(folder, name))
             with _lease(folder, name, 1.5 * LEASE_SECONDS):
                 yield
@@ -87,7 +86,12 @@ def _remove_nameless(lease: Path) -> None:
         first, watched_from = lease.stat(), time.monotonic()
         while not (now := lease.stat()).st_size and now.st_mtime_ns == first.st_mtime_ns:
             if time.monotonic() - watched_from > LEASE_SECONDS:
-                lease.unlink()
+                aside = lease.with_suffix(f".{os.getpid()}")
+                lease.rename(aside)
+                if aside.stat().st_size:  # another machine was faster, and this is its own
+                    with suppress(FileExistsError):
+                        os.link(aside, lease)
+                aside.unlink()
             time.sleep(0.1)
 
 

@@ -1,31 +1,43 @@
 """What a method of one's own promises, tried before it trains for hours.
 
 A run that was killed goes on as if it had not been: so the second step is done twice, once after the first, once by a
-method that was built anew and read the state after the first. A prediction is made, too: the first check, which needs
-one, may be an hour away. What is tried is thrown away; training begins as it would have.
+method that was built anew and read the state after the first. On a CPU both must end alike, bit for bit; a GPU, where
+two steps of one state differ anyway, must only be able to read that state. A prediction is made, too: the first check,
+which needs one, may be an hour away. What is tried is thrown away; training begins as it would have.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from mlrpl.data import Batch
 from mlrpl.errors import StudyError
+from mlrpl.evaluation import evaluating
 from mlrpl.methods import Method, Step
 from mlrpl.optimisation import RecordedStep, make_optimizer, optimise, restore, to_device
 from mlrpl.precision import Precision, computing
 from mlrpl.words import counted
 
 CLOSE = 1e-2  # probabilities of bf16 logits sum to 1 less exactly
+KEPT_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")  # as PyTorch says it
 
-Signature = dict[str, tuple[int, ...]]
+Signature = dict[str, tuple[int, ...] | None]
 
 
 def signature(method: Method) -> Signature:
-    """Names and shapes of what a checkpoint holds of a method."""
-    return {name: tuple(value.shape) for name, value in method.state_dict().items()}
+    """Names of what a checkpoint holds of a method, with the shapes of tensors.
+
+    Raises:
+        StudyError: for a module whose size is not known yet.
+    """
+    state = method.state_dict()
+    if lazy := [name for name, value in state.items() if is_lazy(value)]:
+        raise StudyError(f"{type(method).__name__}: {lazy[0]!r} has no size yet: no lazy modules, give it its size")
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
 
 
 def check_signature(method: Method, built: Signature) -> None:
@@ -53,7 +65,7 @@ def rehearse(
     precision: Precision,
     device: torch.device,
 ) -> None:
-    """Two steps, a checkpoint and a prediction of a method.
+    """Two steps, a checkpoint and predictions of a method.
 
     Args:
         make: builds it, the same each time.
@@ -70,31 +82,38 @@ def rehearse(
     optimizer = make_optimizer(method)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
-    def do(iteration: int, method: Method, optimizer: torch.optim.Optimizer) -> None:
+    def do(iteration: int, method: Method, optimizer: torch.optim.Optimizer) -> Step:
+        begun = step(iteration)
         prepared = to_device(batch(iteration), device)
-        optimise(method, prepared, _as_recorded(method, step(iteration), device), optimizer, scaler, precision)
+        terms = optimise(method, prepared, _as_recorded(method, begun, device), optimizer, scaler, precision)
+        if not terms["total"].isfinite():
+            raise StudyError(
+                f"{name}: the loss is {terms['total'].item()} in its first steps; look at the method's loss"
+            )
+        check_signature(method, built)
+        return begun
 
-    do(1, method, optimizer)
-    check_signature(method, built)
+    second = min(2, do(1, method, optimizer).iterations)
     state, momenta = copy.deepcopy(method.state_dict()), copy.deepcopy(optimizer.state_dict())
     _check_prediction(method, batch(1).image[:1].to(device), precision, device)
     try:
-        do(2, method, optimizer)
+        do(second, method, optimizer)
     except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
+        if not any(said in str(error) for said in KEPT_GRAPH):
             raise
         raise StudyError(f"{name}: its second step goes back through the first; detach what a step keeps") from None
+    went_on = method.state_dict()
+    del method, optimizer  # their memory is not the run's
     again = make()
     again.load_state_dict(state)
     optimizer = make_optimizer(again)
     restore(optimizer, momenta)
-    do(2, again, optimizer)
-    if device.type == "cpu" and (other := _different(method.state_dict(), again.state_dict())):
+    do(second, again, optimizer)
+    if device.type == "cpu" and (other := _different(went_on, again.state_dict())):
         raise StudyError(
-            f"{name}: a run that is killed would go on differently: after two steps, with a checkpoint between them, "
-            f"{other[0]!r} is another ({len(other)} of {len(state)} are). What one step leaves to the next must be a "
-            "parameter or a persistent buffer, and what is drawn must come from PyTorch, NumPy or random as they are "
-            "seeded for each iteration"
+            f"{name}: a run that is killed would go on differently: {other[0]!r} is another after a checkpoint "
+            f"({len(other)} of {len(state)} are); register as buffers what a step leaves to the next, and draw with "
+            "torch, numpy or random alone"
         )
 
 
@@ -106,32 +125,40 @@ def _as_recorded(method: Method, step: Step, device: torch.device) -> Step:
     return RecordedStep(step.iteration, step.iterations, step.generator, scheduled)
 
 
-def _different(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that differ; NaN is like NaN."""
-    return [
-        name
-        for name, value in ours.items()
-        if not ((value == theirs[name]) | (value != value) & (theirs[name] != theirs[name])).all()
-    ]
+def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of what differs; NaN is like NaN."""
+
+    def same(a: Any, b: Any) -> bool:
+        return bool(((a == b) | (a != a) & (b != b)).all()) if isinstance(a, Tensor) else a == b
+
+    return [name for name, value in ours.items() if not same(value, theirs[name])]
 
 
 def _check_prediction(method: Method, image: Tensor, precision: Precision, device: torch.device) -> None:
-    """StudyError unless `predict` gives what its docstring says."""
-    method.eval()
-    with torch.inference_mode(), computing(device, precision):
-        predicted = method.predict(image.to(memory_format=torch.channels_last_3d), method.outputs)
-    method.train()
-    shape = (1, method.num_classes, *image.shape[2:])
-    if not isinstance(predicted, list | tuple) or not all(isinstance(each, Tensor) for each in predicted):
-        found = f"a {type(predicted).__name__}, not a list of tensors"
-    elif len(predicted) != len(method.outputs):
-        found = f"{counted(len(predicted), 'tensor')} for the outputs {', '.join(method.outputs)}"
-    elif wrong := [tuple(each.shape) for each in predicted if each.shape != shape]:
-        found = f"{wrong[0]} for {tuple(image.shape)}, not {shape}"
-    elif not all(each.is_floating_point() and (each >= 0).all() for each in predicted):
-        found = "numbers below 0 or no fractions: it must give probabilities, not logits or labels"
-    elif not all(((each.float().sum(1) - 1).abs() < CLOSE).all() for each in predicted):
-        found = "what does not sum to 1 over the classes: it must give probabilities"
-    else:
-        return
-    raise StudyError(f"{type(method).__name__}.predict gives {found}")
+    """StudyError unless `predict` gives what its docstring says, of two volumes; as checks ask and as tests do."""
+    images = image.expand(2, *image.shape[1:]).contiguous(memory_format=torch.channels_last_3d)
+    for outputs in dict.fromkeys([("decoder1",), tuple(method.outputs)]):
+        with evaluating(method), torch.inference_mode(), computing(device, precision):
+            predicted = method.predict(images, outputs)
+        if found := _wrong(predicted, outputs, (2, method.num_classes, *image.shape[2:])):
+            asked = f"predict(image {tuple(images.shape)}, {outputs})"
+            raise StudyError(f"{type(method).__name__}.{asked} gives {found}")
+
+
+def _wrong(predicted: Any, outputs: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    """What is wrong with a prediction; empty where nothing is."""
+    if not isinstance(predicted, list | tuple):
+        return f"a {type(predicted).__name__}, not a list of tensors"
+    if other := [type(each).__name__ for each in predicted if not isinstance(each, Tensor)]:
+        return f"a list of {other[0]}, not of tensors"
+    if len(predicted) != len(outputs):
+        return counted(len(predicted), "tensor")
+    if other := [tuple(each.shape) for each in predicted if each.shape != shape]:
+        return f"{other[0]}, not {shape}"
+    if not all(each.isfinite().all() for each in predicted):
+        return "numbers that are not finite"
+    if not all(each.is_floating_point() and (each >= 0).all() for each in predicted):
+        return "numbers below 0 or no fractions: it must give probabilities, not logits or labels"
+    if not all(((each.float().sum(1) - 1).abs() < CLOSE).all() for each in predicted):
+        return "what does not sum to 1 over the classes: it must give probabilities"
+    return ""

@@ -11,6 +11,7 @@ A file without rows is not written. runs.csv comes last: without it the others a
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,14 @@ class Results:
         return len(self.runs)
 
     def save(self, folder: Path) -> None:
-        """Write the files."""
-        for name, frame in sorted(vars(self).items(), key=lambda item: item[0] == "runs"):
-            if frame.empty:
-                (folder / f"{name}.csv").unlink(missing_ok=True)
-                continue
-            with atomic(folder / f"{name}.csv") as partial:
-                frame.to_csv(partial, index=False, float_format="%.6g")
+        """Write the files: all are written before the first takes its place, and runs.csv takes its last."""
+        with ExitStack() as replacing:  # in the order opposite to this one
+            for name, frame in sorted(vars(self).items(), key=lambda item: item[0] != "runs"):
+                if frame.empty:
+                    (folder / f"{name}.csv").unlink(missing_ok=True)
+                else:
+                    partial = replacing.enter_context(atomic(folder / f"{name}.csv"))
+                    frame.to_csv(partial, index=False, float_format="%.6g")
 
     @classmethod
     def load(cls, folder: Path) -> "Results":

@@ -231,7 +231,7 @@ class Workplace:
             if not job.finished("train"):
                 write_json(job.folder / "config.json", {"key": job.key, **job.run.model_dump(mode="json")})
                 data = self.data_of(job.run)
-                for path, text in self.own_code([name]).items():
+                for path, text in self.own_code(job.run.method).items():
                     write_text(job.folder / "code" / path, text)
                 trainer = Trainer(job.run, data, job.folder, job.key, find_device(device), tensorboard)
                 facts = trainer.train(watch)
@@ -239,11 +239,10 @@ class Workplace:
             (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # the largest file, of no more use
         return job
 
-    def own_code(self, runs: Iterable[str]) -> dict[Path, str]:
-        """Code of the methods of one's own behind the runs of these names, by path from the study's file."""
+    def own_code(self, method: str) -> dict[Path, str]:
+        """Code of a method by path from the study's file; empty for one of the package."""
         own_code.look_in(self.beside)
-        names = {job.run.method for job in self.jobs if job.run.name in set(runs)} - METHODS.keys()
-        return {path: text for name in sorted(names) for path, text in own_code.texts(find_method(name)).items()}
+        return {} if method in METHODS else own_code.texts(find_method(method))
 
     @contextmanager
     def _working(self, job: Job) -> Iterator[None]:

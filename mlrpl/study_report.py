@@ -109,10 +109,15 @@ def _keep_predictions(place: Workplace, found: Results) -> None:
 
 
 def _keep_code(place: Workplace, found: Results) -> None:
-    """A commit of this repository does not tell what a method of one's own was."""
-    code, folder = place.own_code(found.runs["run"]), place.results / "code"
-    for path in folder.rglob("*.py"):
-        if path.relative_to(folder) not in code:
+    """A commit of this repository does not tell what a method of one's own was: as it was trained, else as it is."""
+    folder, code = place.results / "code", {}
+    for job in place.jobs:
+        if job.run.name in set(found.runs["run"]):
+            trained = job.folder / "code"
+            texts = {path.relative_to(trained): path.read_text(encoding="utf-8") for path in trained.rglob("*.py")}
+            code |= texts or place.own_code(job.run.method)
+    for path in folder.rglob("*.p*"):  # what a kill left unfinished, too
+        if path.relative_to(folder) not in code and path.is_file():
             path.unlink()
     for path, text in code.items():
         write_text(folder / path, text)
@@ -175,7 +180,10 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             links=[
                 Link("Data", "01-data.html"),
                 *(Link(REPORT_PAGES[name], f"{name}.html") for name in shown),
-                *(Link(path.as_posix(), f"code/{path.as_posix()}") for path in place.own_code(everything.runs["run"])),
+                *(
+                    Link(path.name, path.relative_to(folder).as_posix())
+                    for path in sorted(folder.rglob("code/**/*.py"))
+                ),
             ],
         ),
     ]

@@ -264,6 +264,12 @@ def make_method(run: Run, store: Store, device: torch.device) -> Method:
     return to_channels_last(build(run, store.channels, len(store.classes))).to(device)
 
 
+def not_finite(method: Method) -> set[str]:
+    """Names of the parameters and buffers that hold infinities or NaN."""
+    values = [*method.named_parameters(), *method.named_buffers()]
+    return {name for name, value in values if not value.isfinite().all()}
+
+
 def check_cases(store: Store) -> list[str]:
     """Where the published protocol selects: the validation cases, or the test cases where a dataset has none."""
     return store.ids("val") or store.ids("test")
@@ -288,7 +294,7 @@ class Trainer:
         torch.set_num_threads(run.settings.threads)
         tune(device)
         self.method = make_method(run, store, device)
-        self.built = signature(self.method)
+        self.built, self.undefined = signature(self.method), not_finite(self.method)
         self.batches = make_batches(run, store, self.method)
         self.staged = Ahead(
             lambda iteration: stage(self.batches(iteration), device), AHEAD if device.type == "cuda" else 1
@@ -398,10 +404,8 @@ class Trainer:
 
         Weights that are not finite never take the place of good ones, also where the last loss still was.
         """
-        if not all(torch.isfinite(p).all() for p in self.method.parameters()):
-            raise self._diverged("a weight is not finite")
-        if undefined := [name for name, buffer in self.method.named_buffers() if buffer.isnan().any()]:
-            raise self._diverged(f"{undefined[0]} holds NaN")
+        if lost := not_finite(self.method) - self.undefined:
+            raise self._diverged(f"{min(lost)} is not finite")
         check_signature(self.method, self.built)
         for log in self.logs:
             log.flush()
@@ -442,7 +446,8 @@ class Trainer:
             What provenance records: precision, parameters, seconds, peak memory, and what the run began with.
 
         Raises:
-            StudyError: where the loss is not finite; the last good checkpoint stays.
+            StudyError: where the loss is not finite; the last good checkpoint stays. Before the first step of a method
+                of one's own also what `mlrpl.rehearsal` raises.
             StoppedError: on Ctrl-C or SIGTERM, when the checkpoint is written.
         """
         with stop_requests() as asked:

@@ -19,6 +19,7 @@ from mlrpl.comparison import comparison_tables
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS, SELECTIONS
 from mlrpl.files import read_rows
+from mlrpl.methods import METHODS
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, device_name, environment
 from mlrpl.results import Results
@@ -113,8 +114,9 @@ def _different_cells(shown: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
 def _commits(place: Workplace, found: Results) -> Finding:
     dirty = found.runs.loc[found.runs["commit"].astype(str).str.endswith(CHANGED), "run"]
     remark = f"made with uncommitted changes: {', '.join(dirty)}" if len(dirty) else "all of a committed working tree"
-    if own := place.own_code(found.runs["run"]):
-        remark += f"; no commit tells of {', '.join(map(str, own))}, kept in {place.results}/code"
+    if own := sorted(set(found.runs["method"]) - METHODS.keys()):
+        kept = f"{place.results}/code"
+        remark += f"; no commit tells of {', '.join(own)}: {kept if Path(kept).is_dir() else 'not kept here'}"
     return Finding("commits of runs", 0, remark=f"{counted(len(found.runs), 'run')}, {remark}")
 
 

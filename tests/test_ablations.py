@@ -1,5 +1,6 @@
 """Ablations are a few lines of YAML, coinciding runs are one, and their tables stand beside the paper's figures."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -147,10 +148,12 @@ def test_what_a_kill_left_of_results_does_not_count(found, tmp_path, monkeypatch
     """kill -9 after so many of the files, of the first that a study has."""
     files = iter(range(written))
 
+    @contextmanager
     def atomic_until_killed(path):
-        if next(files, None) is None:
-            raise KeyboardInterrupt
-        return atomic(path)
+        with atomic(path) as partial:
+            yield partial
+            if next(files, None) is None:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(results, "atomic", atomic_until_killed)
     with pytest.raises(KeyboardInterrupt):

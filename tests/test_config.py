@@ -86,6 +86,16 @@ def test_a_lines_own_settings_replace_the_studys(written):
     assert control.settings == mlrpl.settings.model_copy(update={"beta_max": 0.0})
 
 
+def test_a_study_names_the_variant_that_others_are_compared_with(written):
+    assert load_study(written()).reference_title == "MLRPL"
+    assert load_study(written(reference="vnet")).reference_title == "V-Net"
+    with pytest.raises(StudyError, match="reference: no line of runs has the variant 'vnt'"):
+        load_study(written(reference="vnt"))
+    other = {"variant": "vnet", "method": "vnet", "title": "V-Net, all", "labelled": 9}
+    with pytest.raises(StudyError, match="reference: the lines of 'vnet' have several titles"):
+        load_study(written(reference="vnet", runs=[*STUDY["runs"], other]))
+
+
 def test_an_unknown_study_is_answered_with_the_known_ones():
     message = complaint("hippocampus2")
     assert "'hippocampus2'" in message

@@ -85,21 +85,23 @@ def test_a_lease_that_a_killed_process_left_empty_does_not_hold_for_ever(tmp_pat
 
 def test_an_empty_lease_that_is_still_touched_is_somebody_s(tmp_path, monkeypatch):
     """As another machine sees it while the name is on its way."""
-    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 3.0)
     lease, ended = tmp_path / ".owner.lock", threading.Event()
     lease.touch()
 
     def beat() -> None:
-        while not ended.wait(0.2):
+        while not ended.wait(0.1):
             lease.touch()
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
-    with pytest.raises(StudyError, match="busy"), locked(tmp_path, "busy"):
-        pass
-    ended.set()
-    thread.join()
-    assert lease.exists()
+    try:
+        with pytest.raises(StudyError, match="busy"), locked(tmp_path, "busy"):
+            pass
+        assert lease.exists()
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_locks_of_other_names_and_folders_are_free(tmp_path):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+import yaml
 from test_raw import OBLIQUE, write, write_series
 
+import mlrpl
 from mlrpl import prediction
 from mlrpl.components import keep_largest
 from mlrpl.config import Settings
@@ -246,9 +248,10 @@ def test_finding_images(tmp_path):
 
 
 def test_a_variant_of_several_runs_is_answered_with_their_names(tmp_path):
-    said = "study phantom-full: cct is several runs, name one: cct-4-s0, cct-8-s0, cct-4-s1, cct-4-s2"
-    with pytest.raises(StudyError, match=said):
-        open_ensemble("phantom-full/cct", str(tmp_path), CPU)
+    study = yaml.safe_load((Path(mlrpl.__file__).parent / "studies/smoke.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**study, "name": "s", "seeds": [0, 1]}))
+    with pytest.raises(StudyError, match="study s: mlrpl is several runs, name one: mlrpl-2-s0, mlrpl-2-s1"):
+        open_ensemble(f"{tmp_path}/s.yaml/mlrpl", str(tmp_path / "runs"), CPU)
 
 
 def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):

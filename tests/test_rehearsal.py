@@ -121,6 +121,53 @@ class NotDetached(Good):
         return before if before is not None else 0
 
 
+class KeepsAGraph(Good):
+    """It reaches no activation, but parameters that the optimiser has changed."""
+
+    kept = None
+
+    def remembered(self, logits):
+        before, self.kept = self.kept, next(self.parameters()).square().sum()
+        return before if before is not None else 0
+
+
+class MadeInTheSecond(Good):
+    def remembered(self, logits):
+        self.calls = getattr(self, "calls", 0) + 1
+        return MadeLater.remembered(self, logits) if self.calls > 1 else 0
+
+
+class NotFinite(Good):
+    def weight(self):
+        return torch.nan
+
+
+class Lazy(Good):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(2)
+
+
+class WithMoreState(Good):
+    """State that is no tensor is read from the checkpoint, and a part stays in evaluation mode as it was set."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.BatchNorm3d(2).eval()
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+    def remembered(self, logits):
+        self.calls += 1
+        return self.calls + self.frozen(logits).mean()
+
+
 class ReadsTheIteration(Good):
     replayable = True
 
@@ -140,8 +187,9 @@ class Predicting(Good):
         return self.change(super().predict(image, outputs))
 
 
-def test_what_is_as_it_should_be_passes():
-    rehearsed(Good)
+@pytest.mark.parametrize("make", [Good, WithMoreState])
+def test_what_is_as_it_should_be_passes(make):
+    rehearsed(make)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -159,10 +207,17 @@ def test_the_packages_own_methods_pass(name):
     (Growing, r"Growing: 'memory' was \(3,\) when it was built and is \(4,\)"),
     (MadeLater, "MadeLater: 'head.bias' is new since it was built"),
     (NotDetached, "NotDetached: its second step goes back through the first; detach what a step keeps"),
+    (KeepsAGraph, "KeepsAGraph: its second step goes back through the first; detach what a step keeps"),
+    (MadeInTheSecond, "MadeInTheSecond: 'head.bias' is new since it was built"),
+    (NotFinite, "NotFinite: the loss is nan in its first steps; look at the method's loss"),
+    (Lazy, "Lazy: 'head.weight' has no size yet: no lazy modules"),
     (ReadsTheIteration, "a replayable method reads step.iteration, which a recording would freeze"),
-    (lambda: Predicting(lambda p: p[0]), "Predicting.predict gives a Tensor, not a list of tensors"),
-    (lambda: Predicting(lambda p: p * 2), "gives 2 tensors for the outputs decoder1"),
-    (lambda: Predicting(lambda p: [p[0][..., ::2]]), r"gives \(1, 2, 32, 16, 8\) for \(1, 1, 32, 16, 16\), not "),
+    (lambda: Predicting(lambda p: p[0]), r"Predicting.predict\(image .*\) gives a Tensor, not a list of tensors"),
+    (lambda: Predicting(lambda p: [0.5]), "gives a list of float, not of tensors"),
+    (lambda: Predicting(lambda p: p * 2), r"predict\(image \(2, 1, 32, 16, 16\), \('decoder1',\)\) gives 2 tensors"),
+    (lambda: Predicting(lambda p: [p[0][:1]]), r"gives \(1, 2, 32, 16, 16\), not \(2, 2, 32, 16, 16\)"),
+    (lambda: Predicting(lambda p: [p[0] / 0]), "gives numbers that are not finite"),
+    (lambda: Predicting(lambda p: [p[0][..., ::2]]), r"gives \(2, 2, 32, 16, 8\), not "),
     (lambda: Predicting(lambda p: [p[0].log()]), "gives numbers below 0 or no fractions: .* not logits or labels"),
     (lambda: Predicting(lambda p: [p[0] * 2]), "gives what does not sum to 1 over the classes"),
 ])  # fmt: skip

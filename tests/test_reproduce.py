@@ -630,6 +630,10 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
         assert (own.folder / "results/own/code" / name).read_text() == (own.folder / name).read_text()
         assert f'href="code/{name}"' in page
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
+    arguments = [sys.executable, "-m", "mlrpl", "verify", "own.yaml"]
+    said = subprocess.run(arguments, cwd=own.folder, text=True, capture_output=True, check=True).stdout
+    own_ones = "entropy:EntropyMinimisation, own_methods:Own, own_methods:Plain"
+    assert f"no commit tells of {own_ones}: results/own/code" in said
 
 
 def test_a_method_from_outside_trains_with_its_options(own):

@@ -72,6 +72,15 @@ def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
     assert findings["rows of mlrpl-1-s0, trained anew"].compared == 6
 
 
+def test_without_runs_and_cases_the_tables_are_recomputed(verified):
+    shutil.rmtree("runs")
+    findings = {finding.what: finding for finding in verify(Workplace("small.yaml"))}
+    assert findings["tables/comparison"].compared == 6 * 11
+    assert "only tables were recomputed" in findings["runs"].remark
+    assert not any(finding.wrong for finding in findings.values())
+    assert not Path("runs").exists()  # nothing was drawn for it
+
+
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert old in text

@@ -57,7 +57,7 @@ def find_method(name: str) -> type[Method]:
     try:
         found: Any = getattr(own_code.load(module), attribute) if attribute else None
     except (ImportError, AttributeError) as error:
-        advice = f"; write {module[:-3]}:{attribute}" if module.endswith(".py") else ""
+        advice = f"; write {module[:-3].replace('/', '.')}:{attribute}" if module.endswith(".py") else ""
         raise StudyError(f"method {name!r}: {error}{advice}") from None
     except Exception as error:  # whatever is wrong in a file of one's own
         raise StudyError(f"method {name!r}: {type(error).__name__}: {error}") from None
