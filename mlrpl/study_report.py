@@ -110,9 +110,9 @@ def _keep_predictions(place: Workplace, found: Results) -> None:
 
 def _keep_code(place: Workplace, found: Results) -> None:
     """A commit of this repository does not tell what a method of one's own was: as it was trained, else as it is."""
-    folder, code = place.results / "code", {}
+    folder, code, shown = place.results / "code", {}, set(found.runs["run"])
     for job in place.jobs:
-        if job.run.name in set(found.runs["run"]):
+        if job.run.name in shown:
             trained = job.folder / "code"
             texts = {path.relative_to(trained): path.read_text(encoding="utf-8") for path in trained.rglob("*.py")}
             code |= texts or place.own_code(job.run.method)
@@ -180,10 +180,7 @@ def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None
             links=[
                 Link("Data", "01-data.html"),
                 *(Link(REPORT_PAGES[name], f"{name}.html") for name in shown),
-                *(
-                    Link(path.name, path.relative_to(folder).as_posix())
-                    for path in sorted(folder.rglob("code/**/*.py"))
-                ),
+                *(Link(path.name, path.relative_to(folder).as_posix()) for path in sorted(folder.glob("code/**/*.py"))),
             ],
         ),
     ]
