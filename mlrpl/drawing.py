@@ -280,10 +280,8 @@ def _length(text: str, size: float) -> float:
 def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One legend below the figure, in as many columns as fit its width."""
     lengths = [0.65 + _length(handle.get_label(), 7.5) for handle in handles]
-    columns = len(handles)
-    while columns > 1:
-        lines = ceil(len(handles) / columns)
-        if sum(max(lengths[i : i + lines]) for i in range(0, len(handles), lines)) < figure.get_figwidth():
+    for lines in range(1, len(handles) + 1):
+        columns = np.array_split(lengths, ceil(len(handles) / lines))  # as Matplotlib deals them out
+        if sum(column.max() for column in columns) < figure.get_figwidth():
             break
-        columns -= 1
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(columns))

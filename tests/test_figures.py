@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import _pylab_helpers, rcParams
+from matplotlib import _pylab_helpers, rc_context, rcParams
 from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mlrpl.data.store import Case
 from mlrpl.data_report import case_montage, intensity_histograms, label_volumes
-from mlrpl.drawing import METHOD_COLOURS, STYLE, colours, save
+from mlrpl.drawing import METHOD_COLOURS, STYLE, add_legend, colours, save
 from mlrpl.figures import (
     POINTS,
     CaseView,
@@ -291,6 +293,25 @@ def test_contours_of_several_classes_and_of_an_empty_prediction():
     figure = contours([view(reference, {"MLRPL": reference, "V-Net": 0 * reference})], ["background", "head", "body"])
     assert [len(ax.findobj(ContourSet)) for ax in figure.axes] == [4, 2]
     assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["prediction: head", "prediction: body"]
+
+
+@pytest.mark.parametrize("width", [2.5, 4.5, 7.2])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 7, 11])
+def test_a_legend_fits_its_figure_in_columns_of_about_one_length(width, count):
+    labels = ["mean, 95 % interval over cases", "reference", "its mean", "a seed"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, 3), layout="constrained")
+        figure.subplots()
+        add_legend(figure, [Line2D([], [], label=labels[n % 4]) for n in range(count)])
+        figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= width * figure.dpi
+    texts = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    columns = [sum(round(text.x0) == start for text in texts) for start in sorted({round(text.x0) for text in texts})]
+    assert sum(columns) == count
+    assert max(columns) - min(columns) <= 1
+    assert len(columns) == np.ceil(count / max(columns))  # no more of them than its lines need
 
 
 @pytest.mark.parametrize(("count", "lines", "columns"), [(6, 1, 6), (7, 2, 4), (10, 2, 5)])
