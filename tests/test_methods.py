@@ -16,16 +16,13 @@ from mlrpl.data import Batch, Batches, Case
 from mlrpl.data.phantom import draw
 from mlrpl.methods import METHODS, Method, Step, as_read, build, volumes_a_step
 from mlrpl.methods.acmt import ambiguity_threshold, ambiguous_consistency
-from mlrpl.methods.cct import cross_consistency, feature_dropout
-from mlrpl.methods.mcnet import mutual_consistency
+from mlrpl.methods.cct import cross_consistency, feature_drop, feature_dropout, feature_noise
+from mlrpl.methods.mcnet import mutual_consistency, sharpen
 from mlrpl.methods.parts import (
     Selector,
     adversarial_direction,
-    feature_drop,
-    feature_noise,
     frozen_statistics,
     input_noise,
-    sharpen,
     soft_dice_distance,
     student_share,
     unit,

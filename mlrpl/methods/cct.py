@@ -12,6 +12,7 @@ over the four decoders, + 0.1 β L_u.
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,13 +20,26 @@ from mlrpl.config import Settings
 from mlrpl.data import Batch
 from mlrpl.losses import ce_dice_loss
 from mlrpl.methods.base import Method, Step
-from mlrpl.methods.parts import CONSISTENCY, feature_drop, feature_noise, terms
+from mlrpl.methods.parts import CONSISTENCY, terms
 from mlrpl.networks import VNet
+
+
+def feature_noise(features: Tensor) -> Tensor:
+    """× (1 + U(−0.3, 0.3)), one noise tensor for all volumes: (N, F, x, y, z)."""
+    noise = torch.empty_like(features[0], dtype=torch.float32).uniform_(-0.3, 0.3)
+    return features * (1 + noise).to(features.dtype)
 
 
 def feature_dropout(features: Tensor) -> Tensor:
     """Element-wise dropout 0.3, on in every mode: only auxiliary decoders see it."""
     return F.dropout(features, 0.3)
+
+
+def feature_drop(features: Tensor) -> Tensor:
+    """Zero the voxels whose channel mean reaches U(0.7, 0.9) × the largest of their volume: (N, F, x, y, z)."""
+    attention = features.detach().float().mean(1, keepdim=True)
+    factor = torch.empty((), device=features.device).uniform_(0.7, 0.9)
+    return features * (attention < factor * attention.amax((2, 3, 4), keepdim=True))
 
 
 PERTURBATIONS = (feature_noise, feature_dropout, feature_drop)

@@ -20,16 +20,21 @@ from mlrpl.config import Settings
 from mlrpl.data import Batch
 from mlrpl.losses import dice_loss
 from mlrpl.methods.base import Method, Step
-from mlrpl.methods.parts import sharpen, terms
+from mlrpl.methods.parts import terms
 
 GAMMA = 0.5  # the supervised loss's weight
 TEMPERATURE = 0.1
 
 
-def mutual_consistency(logits: Sequence[Tensor], temperature: float = TEMPERATURE) -> Tensor:
+def sharpen(logits: Tensor, temperature: float) -> Tensor:
+    """p^{1/T} / Σ_c p^{1/T} of p = softmax(z), which is softmax(z / T): (N, C, x, y, z)."""
+    return (logits / temperature).softmax(1)
+
+
+def mutual_consistency(logits: Sequence[Tensor]) -> Tensor:
     """L_mc, a scalar, of the decoders' logits, each (N, C, x, y, z)."""
     probabilities = [z.float().softmax(1) for z in logits]
-    targets = [sharpen(z.float(), temperature) for z in logits]
+    targets = [sharpen(z.float(), TEMPERATURE) for z in logits]
     pairs = permutations(range(len(logits)), 2)
     return sum((probabilities[i] - targets[j]).square().mean() for i, j in pairs)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mlrpl.config import Settings
 from mlrpl.data import Batch
-from mlrpl.losses import batch_dice, dice_loss
-from mlrpl.methods.base import Method, Step, foreground_fraction
+from mlrpl.losses import dice_loss
+from mlrpl.methods.base import Method, Step
+from mlrpl.methods.parts import terms
 from mlrpl.reliability import mutual_loss
 
 
@@ -70,14 +71,6 @@ class MLRPL(Method):
         logits, features = self.network(batch.image)
         labelled = len(batch.label)
         supervised = sum(dice_loss(z[:labelled].float().softmax(1), batch.label) for z in logits)
-        beta = self.beta(step)
         with torch.set_grad_enabled(self.settings.beta_max > 0):
             mutual = self.mutual_loss(logits, features, **self.reliability)
-        return {
-            "total": self.gamma * supervised + beta * mutual,
-            "supervised": supervised,
-            "mutual": mutual,
-            "beta": supervised.new_zeros(()) + beta,
-            "pseudo_foreground": foreground_fraction(logits[0][labelled:]),
-            "dice": batch_dice(logits[0][:labelled], batch.label),
-        }
+        return terms(supervised, mutual, self.beta(step), logits[0], batch.label, (self.gamma, 1))

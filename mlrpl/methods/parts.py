@@ -1,6 +1,7 @@
-"""Pieces that several methods are made of: mean teacher, noise, sharpening, perturbations, heads, adversary.
+"""What several methods share, their terms and the mean teacher; then the heads and the adversary of SS-Net.
 
-All random draws come from PyTorch's global generators, as dropout's do: the loop seeds them anew for each iteration.
+All random draws, here as in the methods, come from PyTorch's global generators, as dropout's do: the loop seeds them
+anew for each iteration.
 """
 
 import copy
@@ -104,24 +105,6 @@ def update_average(average: nn.Module, network: nn.Module, share: float | Tensor
 def input_noise(image: Tensor) -> Tensor:
     """clamp(0.1 · N(0, 1), ±0.2) of the image's shape; images are z-scored."""
     return (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2)
-
-
-def sharpen(logits: Tensor, temperature: float) -> Tensor:
-    """p^{1/T} / Σ_c p^{1/T} of p = softmax(z), which is softmax(z / T): (N, C, x, y, z)."""
-    return (logits / temperature).softmax(1)
-
-
-def feature_noise(features: Tensor) -> Tensor:
-    """× (1 + U(−0.3, 0.3)), one noise tensor for all volumes: (N, F, x, y, z)."""
-    noise = torch.empty_like(features[0], dtype=torch.float32).uniform_(-0.3, 0.3)
-    return features * (1 + noise).to(features.dtype)
-
-
-def feature_drop(features: Tensor) -> Tensor:
-    """Zero the voxels whose channel mean reaches U(0.7, 0.9) × the largest of their volume: (N, F, x, y, z)."""
-    attention = features.detach().float().mean(1, keepdim=True)
-    factor = torch.empty((), device=features.device).uniform_(0.7, 0.9)
-    return features * (attention < factor * attention.amax((2, 3, 4), keepdim=True))
 
 
 def mlp(in_features: int, width: int) -> nn.Sequential:
