@@ -326,7 +326,10 @@ def choice_figure(found: Results) -> Figure:
     for ax in grid[1, 2:]:  # counted by distance for all classes together
         ax.set_axis_off()
     handles = [Line2D([], [], linewidth=1.4, **style) for style in styles.values()]
-    grid[1, 2].legend(handles=handles, loc="center")
+    if len(columns) > 2:
+        grid[1, 2].legend(handles=handles, loc="center")
+    else:  # no pseudo-label is foreground
+        add_legend(figure, handles)
     return figure
 
 

@@ -88,6 +88,8 @@ def case_views(place: Workplace, found: Results) -> tuple[list[CaseView], str]:
     labels = {job.run.name: _label(job, reference, found) for job in shown}
     at_hand = set.intersection(*(set(files) for files in maps.values()))
     ranked = [case for case in dice[reference.run.name].index if case in at_hand]
+    if not ranked:  # as of folds of which each run has another
+        return [], "No case has a label map of every method."
     chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     views = []
     for rank, case_id in chosen.items():

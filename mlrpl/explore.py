@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import SimpleITK
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -45,7 +46,7 @@ from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.tables import case_dice
 from mlrpl.training import find_device, load, make_method
 
-DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73")  # the surer decoder: 1, 2, 3
+DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442")  # the surer decoder: 1, 2, 3 …
 DISAGREE_COLOUR = "#CC79A7"
 
 
@@ -107,12 +108,12 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
     where = find_device(device)
     method, precision = _method(place, job, where)
     case = place.store.load(case_id)
-    decoders, classes = len(getattr(method.network, "decoders", (None,))), method.num_classes
+    several, classes = "mean" in method.outputs, method.num_classes
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)
         with computing(where, precision):
-            if decoders == 1:
+            if not several:
                 return torch.cat(method.predict(windows, ("decoder1",)), 1)
             logits, features = method.network(windows)
             probabilities = [z.float().softmax(1) for z in logits]
@@ -124,11 +125,13 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
     found = sliding_window(
         predict, torch.from_numpy(case.image).to(where), job.run.settings.patch, job.run.settings.stride
     )
-    labels = [hard_labels(p[None])[0] for p in found[: decoders * classes].split(classes)]
+    decoders = len(found) // (classes + several)
+    probabilities = found[: decoders * classes].split(classes)
+    labels = [hard_labels(p[None])[0] for p in probabilities]
     prediction = labels[0].cpu().numpy().astype(np.uint8)
-    if decoders == 1:
+    if not several:
         return Maps(case, prediction)
-    uncertain = torch.stack([entropy(p[None])[0] for p in found[: decoders * classes].split(classes)])
+    uncertain = torch.stack([entropy(p[None])[0] for p in probabilities])
     teacher = uncertain.argmin(0, keepdim=True)
     weight = found[decoders * classes :].gather(0, teacher)[0]
     disagreement = torch.stack([label != labels[0] for label in labels[1:]]).any(0)
@@ -226,9 +229,8 @@ def overlays(shown: Maps, classes: Sequence[str]) -> Figure:
 
 
 def _tint(ax: Any, mask: np.ndarray, colour: str, extent: tuple[float, ...]) -> None:
-    red, green, blue = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))
     tint = np.zeros((*mask.T.shape, 4))
-    tint[mask.T] = (red, green, blue, 0.55)
+    tint[mask.T] = to_rgba(colour, 0.55)
     ax.imshow(tint, extent=extent, interpolation="nearest")
 
 

@@ -17,7 +17,7 @@ from pandas.io.formats.style import Styler
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST, OWN
-from mlrpl.files import atomic
+from mlrpl.files import write_text
 from mlrpl.provenance import CHANGED
 from mlrpl.words import counted
 
@@ -376,12 +376,10 @@ def difference(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub table, aligned in plain text too; numbers to the right, floats with two decimals, NaN as a dash."""
-    columns = []
-    for name, values in table.items():
-        cells = [two_decimals(value) if isinstance(value, float) else str(value) for value in values]
-        columns.append([text.replace("|", "\\|") for text in (str(name), *cells)])
+    cells = _cells(table)
+    columns = [[text.replace("|", "\\|") for text in (name, *column)] for name, column in cells.items()]
     widths = [max(3, *map(len, column)) for column in columns]
-    numeric = [all(text[:1].isdigit() or text[:1] in "-−—" for text in column[1:]) for column in columns]
+    numeric = list(map(_of_numbers, cells.values()))
 
     def line(cells: Iterable[str]) -> str:
         padded = [
@@ -411,12 +409,23 @@ LATEX = {
 
 def to_latex(table: pd.DataFrame) -> str:
     """A booktabs tabular, numbers to the right; what is special to LaTeX is escaped."""
-    columns = {
-        name: [two_decimals(v) if isinstance(v, float) else str(v) for v in values] for name, values in table.items()
+    columns = _cells(table)
+    text = pd.DataFrame({_latex(name): list(map(_latex, cells)) for name, cells in columns.items()})
+    sides = "".join("r" if _of_numbers(cells) else "l" for cells in columns.values())
+    return text.style.hide(axis="index").to_latex(hrules=True, column_format=sides)
+
+
+def _cells(table: pd.DataFrame) -> dict[str, list[str]]:
+    """By heading the column's cells as text."""
+    return {
+        str(name): [two_decimals(value) if isinstance(value, float) else str(value) for value in values]
+        for name, values in table.items()
     }
-    text = pd.DataFrame({_latex(str(name)): list(map(_latex, cells)) for name, cells in columns.items()})
-    right = [all(cell[:1].isdigit() or cell[:1] in "-−—<" for cell in cells) for cells in columns.values()]
-    return text.style.hide(axis="index").to_latex(hrules=True, column_format="".join("r" if r else "l" for r in right))
+
+
+def _of_numbers(cells: Sequence[str]) -> bool:
+    """Whether a column goes to the right."""
+    return all(cell[:1].isdigit() or cell[:1] in "-−—<" for cell in cells)
 
 
 def _latex(text: str) -> str:
@@ -499,8 +508,7 @@ def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
         return
     texts = {".csv": table.to_csv(index=False), ".md": to_markdown(table) + "\n", ".tex": to_latex(table)}
     for ending, text in texts.items():
-        with atomic(folder / f"{name}{ending}") as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(folder / f"{name}{ending}", text)
 
 
 def two_decimals(value: float) -> str:

@@ -341,6 +341,20 @@ def test_each_variant_and_number_of_labelled_cases_is_told_of_by_itself(audited,
     assert {path.name for path in tmp_path.glob("*.svg")} == {"c.svg", "c-mlrpl-3.svg", "c-other-2.svg"}
 
 
+def test_a_run_without_foreground_among_its_pseudo_labels_can_be_shown(audited):
+    runs = pd.DataFrame([("r", "mlrpl", 2, 0, "MLRPL")], columns=["run", "variant", "labelled", "seed", "title"])
+    runs = runs.assign(study="tiny", method="mlrpl", iterations=6, seconds=10.0, seconds_audit=0.1)
+    rows = pd.read_csv(audited / "audit.csv").assign(run="r")
+    background = rows[rows["class"].isin(["all", "background"])]
+    assert len(background) < len(rows)
+    found = Results(pd.DataFrame(), runs, pd.DataFrame(), pd.DataFrame(), background)
+    assert "Which pseudo-labels" in audit_report.answers(found)
+    for table in (audit_report.choice_table, audit_report.predictor_table):
+        assert len(table(found))
+    for figure in ("choice_figure", "coverage_figure", "predictor_figure", "reliability_diagram"):
+        assert getattr(audit_report, figure)(found).axes
+
+
 def test_without_an_audit_there_is_nothing_to_tell():
     with pytest.raises(StudyError, match="no run of this study was audited"):
         audit_report.subjects(Results(*[pd.DataFrame()] * 4))

@@ -36,6 +36,7 @@ TINY = {
     "runs": [
         {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1},
         {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
+        {"variant": "cct", "method": "cct", "title": "CCT", "labelled": 1},
     ],
 }
 
@@ -71,8 +72,9 @@ def test_maps_are_those_of_the_prediction(place):
     assert 0 < shown.weight.min() <= shown.weight.max() <= 1
 
 
-def test_one_decoder_has_a_prediction_and_no_maps(place):
-    shown = maps(place, place.job("vnet-1-s0"), place.store.ids("test")[1], "cpu")
+@pytest.mark.parametrize("run", ["vnet-1-s0", "cct-1-s0"])  # CCT's auxiliary decoders predict nothing
+def test_one_decoder_has_a_prediction_and_no_maps(place, run):
+    shown = maps(place, place.job(run), place.store.ids("test")[1], "cpu")
     assert shown.weight is None and shown.teacher is None
     assert list(layers(shown)) == ["reference", "prediction"]
     assert len(overlays(shown, place.store.classes).axes) == 2

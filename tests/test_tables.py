@@ -263,9 +263,10 @@ def test_difference_counts_rows_in_one_only(metrics):
 
 
 def test_markdown_is_aligned_and_escaped():
-    table = pd.DataFrame({"name": ["a|b", "c"], "value": [1.0, np.nan], "count": [3, 12]})
+    table = pd.DataFrame({"name": ["a|b", "c"], "value": [1.0, np.nan], "count": [3, 12], "p": ["<0.001", "0.2"]})
     assert to_markdown(table) == (
-        "| name | value | count |\n| ---- | ----: | ----: |\n| a\\|b |  1.00 |     3 |\n| c    |     — |    12 |\n"
+        "| name | value | count |      p |\n| ---- | ----: | ----: | -----: |\n"
+        "| a\\|b |  1.00 |     3 | <0.001 |\n| c    |     — |    12 |    0.2 |\n"
     )
 
 

@@ -167,7 +167,7 @@ def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "Method": methods["method"].map(TITLES),
-            "Step": ["—" if pd.isna(v) else _amount(v) for v in methods["seconds"]],
+            "Step (s)": [number(v, "#.3g") for v in methods["seconds"]],
             "× V-Net": [number(v, ".2f") for v in methods["ratio_to_vnet"]],
             "Peak memory (GB)": [number(v / 1000, ".2f") for v in methods["peak_memory_mb"]],
             "Parameters": [number(v, ",.0f") for v in methods["parameters"]],

@@ -3,7 +3,7 @@
 // Tables: click a heading to sort; columns of numbers ("89.86 ± 0.41", "<0.001", "12 of 20", "—") go by value and to
 // the right, several in one cell ("89.0, 89.2") by their mean.
 {
-  const number = /^<?([+-]?(?:\d+(?:,\d{3})*|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:%|±.*|\(.*\)|\[.*\]|of \d+|s|min|h|mm|MB|voxels?)?$/i;
+  const number = /^<?([+-]?(?:\d+(?:,\d{3})*|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:%|±.*|\(.*\)|\[.*\]|of \d+)?$/i;
   const missing = new Set(["", "—", "-", "–", "nan", "none", "<na>"]);
   const text = (row, column) => row.cells[column].textContent.trim().replace(/[−–](?=\d)/g, "-");
   const parts = (shown) => shown.split(", ");
