@@ -139,7 +139,7 @@ def _briefly(names: str) -> str:
 def _say(ax: Axes, place: int, text: str) -> None:
     """What is known of the paper's figure: the number beside its mark, or words in the middle."""
     style = {"va": "center", "fontsize": 6.5, "color": "0.35"}
-    number = _paper_number(text)
+    number = pd.to_numeric(text, errors="coerce")
     if pd.notna(number):
         ax.annotate(f"{number:.2f}", (number, place), (6, 0), textcoords="offset points", **style)
     else:
@@ -147,22 +147,15 @@ def _say(ax: Axes, place: int, text: str) -> None:
 
 
 def _paper_text(text: str) -> str:
-    number = _paper_number(text)
+    number = pd.to_numeric(text, errors="coerce")
     return text if pd.isna(number) else f"{number:.2f}"
-
-
-def _paper_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
 
 
 @styled
 def figure(rows: pd.DataFrame, ablation: Ablation) -> Figure:
     """Our Dice with its interval over cases, and beside it the paper's where it is known."""
     groups = list(rows.groupby("labelled"))
-    numbers = rows["paper"].map(_paper_number)
+    numbers = pd.to_numeric(rows["paper"], errors="coerce")
     panels = 2 if numbers.notna().any() and (rows["paper"] != "").sum() > 1 else 1  # one figure alone compares nothing
     size = (WIDTH if panels == 2 else 0.7 * WIDTH, 0.75 + 0.2 * len(groups) + 0.26 * len(rows))
     canvas = NotebookFigure(figsize=size, layout="constrained")

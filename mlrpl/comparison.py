@@ -22,7 +22,7 @@ def headline(found: Results, place: Workplace) -> pd.DataFrame:
 
 
 def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
-    """The tables of 04-compare as text, by the names of their files; the last needs the case store."""
+    """The tables of 04-compare as text, by the names of their files; "cost" needs the case store."""
     paper = [figure.model_dump() for figure in place.study.paper]
     rows, reference = (found.metrics, found.runs), place.study.reference_title
     pairs = precision_report.pairs(place.study.runs(), found.runs)

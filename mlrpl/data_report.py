@@ -199,13 +199,13 @@ def grids(store: Store) -> Figure:
 def label_volumes(store: Store) -> Figure:
     """Volume of every foreground class in every case with a label; a panel a class, a line a split."""
     classes = store.classes[1:]
-    unit, scale = ("ml", 1e-3) if store.real_spacing else ("thousand voxels", 1e-3)
+    unit = "ml" if store.real_spacing else "thousand voxels"
     volumes: dict[str, list[np.ndarray]] = {split: [] for split in SPLIT_COLOURS}
     for split, found in volumes.items():
         for case in map(store.load, store.ids(split)):
             if case.label is not None:
                 voxel = np.prod(case.spacing) if store.real_spacing else 1
-                found.append(np.bincount(case.label.ravel(), minlength=len(classes) + 1)[1:] * voxel * scale)
+                found.append(np.bincount(case.label.ravel(), minlength=len(classes) + 1)[1:] * voxel / 1000)
     splits = [split for split, found in volumes.items() if found]
     figure = NotebookFigure(
         figsize=(WIDTH if len(classes) > 1 else 0.6 * WIDTH, 0.8 + 0.4 * len(splits)), layout="constrained"

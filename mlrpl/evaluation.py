@@ -35,7 +35,8 @@ from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
 from mlrpl.precision import Precision, computing, to_predict_in
 
-SELECTIONS = ("last", "published")
+IDENTITY = ["study", "method", "variant", "labelled", "seed"]  # columns that say of a row whose it is
+SELECTIONS = ["last", "published"]
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
 
 
@@ -112,7 +113,7 @@ def predict_case(
     return stacked.unflatten(0, (len(outputs), method.num_classes))
 
 
-def test_dice(method: Method, cases: Iterable[Case], device: torch.device, precision: Precision) -> float:
+def check_dice(method: Method, cases: Iterable[Case], device: torch.device, precision: Precision) -> float:
     """Decoder 1's Dice, mean over cases and foreground classes: what the published protocol selects by."""
     scores = []
     for case in cases:
@@ -123,9 +124,6 @@ def test_dice(method: Method, cases: Iterable[Case], device: torch.device, preci
             size = (ours.sum() + reference.sum()).item()
             scores.append(2 * (ours & reference).sum().item() / size if size else 1.0)
     return float(np.mean(scores))
-
-
-test_dice.__test__ = False  # not one of pytest's
 
 
 def evaluate(
@@ -144,7 +142,7 @@ def evaluate(
         run: what was trained.
         store: its data.
         method: an instance to load the weights into.
-        weights: per selection ("last", "published") the content of its file.
+        weights: per selection the content of its file.
         folder: where metrics.csv and predictions.npz are written.
         distances: "voxels" or "mm".
         device: where to predict.
@@ -154,7 +152,7 @@ def evaluate(
         Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN
         where a mask is empty.
     """
-    common = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
+    common = {name: getattr(run, name) for name in IDENTITY}
     common |= {} if run.fold is None else {"fold": run.fold}
     rows: list[dict[str, Any]] = []
     measuring: list[tuple[dict[str, Any], Future[dict[str, float]]]] = []  # of one case, while the next is predicted

@@ -43,7 +43,7 @@ from mlrpl.metrics import case_metrics
 from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.reliability import entropy, weigh
 from mlrpl.study import Job, Workplace, one_a_key
-from mlrpl.tables import case_dice
+from mlrpl.tables import case_dice, measures
 from mlrpl.training import find_device, load, make_method
 
 DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442")  # the surer decoder: 1, 2, 3 …
@@ -153,24 +153,11 @@ def measured(shown: Maps, classes: Sequence[str], distances: str) -> pd.DataFram
         distances: "voxels" or "mm".
     """
     case = shown.case
-    rows = []
-    for c, name in enumerate(classes[1:], start=1):
-        if case.label is None:
-            break
-        spacing = case.spacing if distances == "mm" else None
-        values = case_metrics(shown.prediction == c, case.label == c, spacing)
-        rows.append(
-            {
-                "Class": name,
-                "Dice (%)": f"{100 * values['dice']:.1f}",
-                "Jaccard (%)": f"{100 * values['jaccard']:.1f}",
-                **{
-                    f"{title} ({distances})": "—" if np.isnan(values[key]) else f"{values[key]:.2f}"
-                    for key, title in (("hd95", "95HD"), ("asd", "ASD"))
-                },
-            }
-        )
-    return pd.DataFrame(rows)
+    if case.label is None:
+        return pd.DataFrame()
+    spacing = case.spacing if distances == "mm" else None
+    found = [case_metrics(shown.prediction == c, case.label == c, spacing) for c in range(1, len(classes))]
+    return pd.DataFrame({"Class": classes[1:], **measures(pd.DataFrame(found), distances)})
 
 
 @styled

@@ -33,7 +33,6 @@ from mlrpl.drawing import (
 from mlrpl.tables import chosen, comparison, per_case, titled
 
 MOST_COLUMNS = 6  # of methods in a row of contours
-POINTS = 150  # drawn per curve: more cannot be seen, and files would grow large
 CURVES = {  # of a run's log: title and scale
     "supervised": ("Supervised loss", 1),
     "mutual": ("Unsupervised loss", 1),
@@ -77,10 +76,8 @@ def panels(runs: pd.DataFrame) -> list[tuple[int, list[Series]]]:
 
 
 def smoothed(curve: pd.Series) -> pd.Series:
-    """Running mean over a fortieth of the curve, thinned out to what can be seen."""
-    smooth = curve.rolling(max(1, len(curve) // 40), min_periods=1, center=True).mean()
-    kept = np.unique(np.linspace(0, len(curve) - 1, POINTS).round().astype(int))
-    return smooth.iloc[kept]
+    """Running mean over a fortieth of the curve."""
+    return curve.rolling(max(1, len(curve) // 40), min_periods=1, center=True).mean()
 
 
 @styled
@@ -144,21 +141,18 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
 
 
 @styled
-def distributions(
-    metrics: pd.DataFrame,
-    runs: pd.DataFrame,
-    selection: str = "last",
-    output: str = "decoder1",
-    unit: str = "voxels",
-) -> Figure:
-    """Dice and 95HD of every test case, averaged over seeds and classes; lines join the same case across methods."""
+def distributions(metrics: pd.DataFrame, runs: pd.DataFrame, unit: str = "voxels") -> Figure:
+    """Dice and 95HD of every test case, averaged over seeds and classes; lines join the same case across methods.
+
+    Of the final weights, decoder 1.
+    """
     rows = panels(runs)
     measures = {"dice": "Dice (%)", "hd95": f"95HD ({unit})"}
     heights = [len(group) for _, group in rows]
     figure = NotebookFigure(figsize=(WIDTH, 0.75 + 0.25 * len(rows) + 0.3 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(rows), 2, squeeze=False, sharex="col", sharey="row", height_ratios=heights)
     for column, (measure, name) in enumerate(measures.items()):
-        values = per_case(metrics, runs, measure, selection, output).set_index(["labelled", "case"])
+        values = per_case(metrics, runs, measure).set_index(["labelled", "case"])
         for ax, (labelled, group) in zip(grid[:, column], rows, strict=True):
             cases = pd.concat([values[series.title].loc[series.labelled] for series in group], axis=1).to_numpy()
             ax.plot(cases.T, np.arange(len(group)), color="0.8", linewidth=0.5, zorder=1)

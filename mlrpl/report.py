@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a study's page, shown in the order of its fields.
+    """A part of a study's page, shown in the order of the attributes below.
 
     Attributes:
         heading: Plain text.

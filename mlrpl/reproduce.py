@@ -15,6 +15,7 @@ from mlrpl.comparison import headline
 from mlrpl.config import is_packaged, study_names
 from mlrpl.data_report import SPLITS
 from mlrpl.errors import StudyError
+from mlrpl.evaluation import IDENTITY
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
@@ -226,8 +227,8 @@ def _check_name(place: Workplace, committed: Results) -> None:
 def _compare_with_committed(found: Results, committed: Results) -> None:
     if not len(committed):
         return
-    own = found.runs.loc[~found.runs["adopted"], tables.RUN].drop_duplicates()  # of a cross-validation's folds one
-    rows = tables.difference(found.metrics.merge(own, on=tables.RUN), committed.metrics)
+    own = found.runs.loc[~found.runs["adopted"], IDENTITY].drop_duplicates()  # of a cross-validation's folds one
+    rows = tables.difference(found.metrics.merge(own, on=IDENTITY), committed.metrics)
     rows = rows[rows["compared"] > 0]
     if len(rows):
         worst = rows.loc[rows["max"].idxmax()]

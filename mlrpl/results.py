@@ -19,13 +19,13 @@ from typing import Any
 import pandas as pd
 
 from mlrpl.config import Ablation
+from mlrpl.evaluation import IDENTITY
 from mlrpl.files import atomic, read_rows
 from mlrpl.study import Job
 
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit
 AUDIT_POINTS = 8  # stretches
 STEPS_TIMED = 20  # iterations in a stretch whose steps are timed
-IDENTITY = ("study", "method", "variant", "labelled", "seed")
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Results:
 
     def only(self, runs: pd.DataFrame) -> "Results":
         """The rows of these runs alone."""
-        mine = pd.MultiIndex.from_frame(runs[list(IDENTITY)])
+        mine = pd.MultiIndex.from_frame(runs[IDENTITY])
         metrics = self.metrics
         if len(metrics):
-            metrics = metrics[pd.MultiIndex.from_frame(metrics[list(IDENTITY)]).isin(mine)]
+            metrics = metrics[pd.MultiIndex.from_frame(metrics[IDENTITY]).isin(mine)]
         named = {
             name: frame[frame["run"].isin(runs["run"])] if len(frame) else frame
             for name, frame in vars(self).items()
@@ -92,9 +92,9 @@ class Results:
         """Keys of the runs in it whose rows are of these classes, background first."""
         if not len(self.metrics):
             return set()
-        rows = self.metrics.groupby(list(IDENTITY), dropna=False)["class"].agg(set)
+        rows = self.metrics.groupby(IDENTITY, dropna=False)["class"].agg(set)
         usable = rows.index[rows.map(lambda found: found == set(classes[1:]))]
-        return set(self.runs.loc[pd.MultiIndex.from_frame(self.runs[list(IDENTITY)]).isin(usable), "key"])
+        return set(self.runs.loc[pd.MultiIndex.from_frame(self.runs[IDENTITY]).isin(usable), "key"])
 
 
 def collect(
@@ -230,18 +230,12 @@ def _identity(job: Job) -> dict[str, Any]:
 
 def _adopted(job: Job, committed: Results) -> Results:
     row = committed.runs[committed.runs["key"] == job.key].iloc[:1]
-    name = row["run"].item()
-    old = row[list(IDENTITY)].iloc[0]
-    metrics = committed.metrics
-    mine = (metrics[list(IDENTITY)] == old).all(axis=1)
+    mine = committed.only(row)
+    metrics = mine.metrics
     if job.run.fold is not None:
-        mine &= metrics["fold"] == job.run.fold
+        metrics = metrics[metrics["fold"] == job.run.fold]
     return Results(
-        metrics[mine].assign(**_identity(job)),
+        metrics.assign(**_identity(job)),
         row.assign(run=job.run.name, title=job.run.title, adopted=True, ablation=job.run.ablation, **_identity(job)),
-        committed.curves[committed.curves["run"] == name].assign(run=job.run.name),
-        committed.checks[committed.checks["run"] == name].assign(run=job.run.name),
-        committed.audit[committed.audit["run"] == name].assign(run=job.run.name)
-        if len(committed.audit)
-        else committed.audit,
+        *(frame.assign(run=job.run.name) for frame in (mine.curves, mine.checks, mine.audit)),
     )

@@ -118,12 +118,10 @@ def reference_of(title: str, titles: Collection[str], reference: str = REFERENCE
 def summary(
     metrics: pd.DataFrame,
     runs: pd.DataFrame,
-    measure: str = "dice",
     selection: str = "last",
-    output: str = "decoder1",
     reference: str = REFERENCE,
 ) -> pd.DataFrame:
-    """A row a number of labelled cases and title.
+    """A row a number of labelled cases and title: Dice of decoder 1.
 
     Returns:
         ``labelled, title, mean, low, high, each, seeds, cases``: mean over cases with its interval, and a list of
@@ -131,7 +129,7 @@ def summary(
         reference), the mean over the cases and seeds that both have, and what else :func:`compared` gives, Wilcoxon's
         ``p``, and ``p_holm`` over the titles compared at that number. Dice and Jaccard in %.
     """
-    table = per_seed(metrics, runs, measure, selection, output)
+    table = per_seed(metrics, runs, "dice", selection)
     rows = []
     for labelled, cases in table.groupby("labelled"):
         cases = cases.dropna(axis=1, how="all")
@@ -154,14 +152,14 @@ def summary(
     return found
 
 
-def formatted(table: pd.DataFrame, heading: str = "Dice (%)") -> pd.DataFrame:
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """`summary` as text. The reference's mean over the seeds that both have stands beside its name."""
     rows = table.to_dict("records")
     return pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
-            f"{heading} [95 % over cases]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
+            "Dice (%) [95 % over cases]": [with_interval(r["mean"], r["low"], r["high"]) for r in rows],
             "Each seed": table["each"].map(each_seed),
             "Difference, seed by seed [95 % over cases]": [
                 with_interval(r["difference"], r["difference_low"], r["difference_high"]) for r in rows
@@ -247,7 +245,7 @@ def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
 
 
 @styled
-def differences(table: pd.DataFrame, heading: str = "points of Dice", reference: str = REFERENCE) -> Figure | None:
+def differences(table: pd.DataFrame, reference: str = REFERENCE) -> Figure | None:
     """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
 
     Where a method is more than `REACH` points off the axis is linear up to `LINEAR` points and logarithmic beyond: one
@@ -282,7 +280,7 @@ def differences(table: pd.DataFrame, heading: str = "points of Dice", reference:
             ax.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
     under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
     beyond = f"; logarithmic beyond ±{LINEAR}" if far else ""
-    axes[-1].set_xlabel(f"difference to {reference}{under}({heading}{beyond})")
+    axes[-1].set_xlabel(f"difference to {reference}{under}(points of Dice{beyond})")
     axes[-1].xaxis.set_major_locator(FixedLocator(TICKS) if far else MaxNLocator(8, steps=STEPS))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes[-1].xaxis.set_minor_locator(NullLocator())

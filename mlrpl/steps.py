@@ -148,13 +148,8 @@ def _by_class(found: Results, unit: str) -> pd.DataFrame:
     """Means over the test cases of each class, final weights."""
     rows = found.metrics[found.metrics["selection"] == "last"]
     groups = rows.groupby(["variant", "labelled", "output", "class"], sort=False)
-    return pd.DataFrame(
-        {
-            "Dice (%)": (100 * groups["dice"].mean()).map("{:.1f}".format),
-            f"95HD ({unit})": groups["hd95"].mean().map("{:.2f}".format, na_action="ignore").fillna("—"),
-            "Cases": groups["case"].nunique(),
-        }
-    ).reset_index()
+    means = groups[["dice", "hd95"]].mean()
+    return pd.DataFrame({**tables.measures(means, unit), "Cases": groups["case"].nunique()}).reset_index()
 
 
 def predict_images(

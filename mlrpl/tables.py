@@ -16,15 +16,13 @@ from pandas.io.formats.style import Styler
 
 from mlrpl.data import Store
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import LARGEST, OWN
+from mlrpl.evaluation import IDENTITY, LARGEST, OWN, SELECTIONS
 from mlrpl.files import write_text
 from mlrpl.provenance import CHANGED
 from mlrpl.words import counted
 
-RUN = ["study", "method", "variant", "labelled", "seed"]
-ROW = [*RUN, "selection", "output", "case", "class"]
+ROW = [*IDENTITY, "selection", "output", "case", "class"]
 MEASURES = ["dice", "jaccard", "hd95", "asd"]
-SELECTIONS = ["last", "published"]
 OUTPUTS = {"decoder1": "decoder 1", "mean": "mean of decoders"}
 
 
@@ -43,9 +41,9 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame, outputs: Iterable[str] = O
     for (title, labelled), same in runs.groupby(["title", "labelled"], sort=False):
         if len(same[["method", "variant"]].drop_duplicates()) > 1:
             raise StudyError(f"title {title!r} at {labelled} labelled stands for two variants: give each its own title")
-    runs = runs.drop_duplicates(RUN) if "fold" in metrics else runs  # together, the folds measure every case once
-    rows = metrics.merge(runs[[*RUN, "run", "title"]], on=RUN, how="left", validate="many_to_one")
-    unknown = rows.loc[rows["run"].isna(), RUN].drop_duplicates()
+    runs = runs.drop_duplicates(IDENTITY) if "fold" in metrics else runs  # together, the folds measure every case once
+    rows = metrics.merge(runs[[*IDENTITY, "run", "title"]], on=IDENTITY, how="left", validate="many_to_one")
+    unknown = rows.loc[rows["run"].isna(), IDENTITY].drop_duplicates()
     if len(unknown):
         first = ", ".join(f"{name} {value!s}" for name, value in unknown.iloc[0].items())
         raise StudyError(f"metrics of {len(unknown)} run(s) are not in the table of runs ({first}): remake the tables")
@@ -57,8 +55,8 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame, outputs: Iterable[str] = O
 def chosen(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
     """Rows of one selection and output; a run with one decoder only is its own mean."""
     rows = rows[rows["selection"] == selection]
-    averaged = rows.loc[rows["output"] == "mean", RUN].drop_duplicates()
-    single = ~pd.MultiIndex.from_frame(rows[RUN]).isin(pd.MultiIndex.from_frame(averaged))
+    averaged = rows.loc[rows["output"] == "mean", IDENTITY].drop_duplicates()
+    single = ~pd.MultiIndex.from_frame(rows[IDENTITY]).isin(pd.MultiIndex.from_frame(averaged))
     return rows[(rows["output"] == output) | single & (rows["output"] == "decoder1")]
 
 
@@ -172,10 +170,10 @@ def per_seed(
 
 
 def per_case(
-    metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", selection: str = "last", output: str = "decoder1"
+    metrics: pd.DataFrame, runs: pd.DataFrame, measure: str = "dice", output: str = "decoder1"
 ) -> pd.DataFrame:
-    """A row a (labelled, case), a column a title: :func:`per_seed` averaged over the seeds."""
-    table = per_seed(metrics, runs, measure, selection, output)
+    """A row a (labelled, case), a column a title: :func:`per_seed` of the final weights, averaged over the seeds."""
+    table = per_seed(metrics, runs, measure, output=output)
     return table.T.groupby(level="title", sort=False).mean().T.reset_index()
 
 
@@ -371,7 +369,7 @@ def difference(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     both["unmatched"] = ~both["compared"]
     both["mean"] = both["max"] = (both["dice_new"] - both["dice_old"]).abs() * 100
     summary = {"compared": "sum", "unmatched": "sum", "mean": "mean", "max": "max"}
-    return both.groupby(RUN, sort=False).agg(summary).reset_index()
+    return both.groupby(IDENTITY, sort=False).agg(summary).reset_index()
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -442,11 +440,14 @@ def headings(unit: str) -> dict[str, str]:
 def every_case(metrics: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     """One run's test cases as text: final weights, decoder 1."""
     rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")].reset_index(drop=True)
+    return pd.DataFrame({"Case": rows["case"], "Class": rows["class"], **measures(rows, unit)})
+
+
+def measures(rows: pd.DataFrame, unit: str = "voxels") -> dict[str, pd.Series]:
+    """By heading the measures among the rows' columns, as text."""
     scale = {"dice": 100, "jaccard": 100}
-    measures = {
-        heading: (rows[name] * scale.get(name, 1)).map(two_decimals) for name, heading in headings(unit).items()
-    }
-    return pd.DataFrame({"Case": rows["case"], "Class": rows["class"], **measures})
+    shown = {name: heading for name, heading in headings(unit).items() if name in rows}
+    return {heading: (rows[name] * scale.get(name, 1)).map(two_decimals) for name, heading in shown.items()}
 
 
 def data_summary(store: Store) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from mlrpl import audit
 from mlrpl.config import Run
 from mlrpl.data import Ahead, Batch, Batches, Store
 from mlrpl.errors import StoppedError, StudyError
-from mlrpl.evaluation import test_dice
+from mlrpl.evaluation import check_dice
 from mlrpl.files import atomic, write_json
 from mlrpl.interrupt import stop_requests
 from mlrpl.memory import require
@@ -428,7 +428,7 @@ class Trainer:
         )
 
     def _check(self) -> float:
-        dice = test_dice(self.method, self.checks, self.device, self.precision)
+        dice = check_dice(self.method, self.checks, self.device, self.precision)
         self.check_log.add(iteration=self.iteration, dice=dice)
         if dice > self.best:
             # In the checkpoint, not in a file ahead of it: a GPU, where iterations done again give slightly other

@@ -202,7 +202,7 @@ def test_published_weights_are_right_where_iterations_done_again_would_differ(
     """As on a GPU: the check that was best before the kill is not the best when it is done again."""
     checkpoints_every(5)
     run, scores, step = example(iterations=8), {4: 0.5, 8: 0.1}, Trainer.step
-    monkeypatch.setattr(training, "test_dice", lambda *_: scores[trainer.iteration])
+    monkeypatch.setattr(training, "check_dice", lambda *_: scores[trainer.iteration])
     monkeypatch.setattr(Trainer, "step", lambda self, k: step(self, k) if k < 7 else 1 / 0)
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     with pytest.raises(ZeroDivisionError):
@@ -448,7 +448,7 @@ def test_cases_without_label_cannot_be_labelled_ones():
 
 def test_published_weights_are_those_of_the_first_best_check(store, tmp_path, monkeypatch):
     scores = iter([0.2, 0.5, 0.5, 0.3])
-    monkeypatch.setattr(training, "test_dice", lambda *_: next(scores))
+    monkeypatch.setattr(training, "check_dice", lambda *_: next(scores))
     folder = train(example(iterations=16), store, tmp_path)
     assert load(folder / "published.pt", CPU)["iteration"] == 8  # strictly better: not 12
     assert load(folder / "last.pt", CPU)["iteration"] == 16
@@ -463,7 +463,7 @@ def test_the_best_check_is_remembered_over_a_kill(store, tmp_path, monkeypatch, 
     run = example(iterations=16)
     scores = {4: 0.2, 8: 0.5, 12: 0.4, 16: 0.1}
     trainer = None
-    monkeypatch.setattr(training, "test_dice", lambda *_: scores[trainer.iteration])
+    monkeypatch.setattr(training, "check_dice", lambda *_: scores[trainer.iteration])
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, k: step(self, k) if k < 12 else 1 / 0)
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
@@ -684,6 +684,6 @@ def test_one_case_can_be_learnt_by_heart(store, tmp_path, method):
     )  # fmt: skip
     trainer = Trainer(run, store, tmp_path, KEY, CPU)
     case = [store.load(store.ids("train")[0])]
-    before = training.test_dice(trainer.method, case, CPU, trainer.precision)
+    before = training.check_dice(trainer.method, case, CPU, trainer.precision)
     trainer.train()
-    assert training.test_dice(trainer.method, case, CPU, trainer.precision) > 0.85 > before
+    assert training.check_dice(trainer.method, case, CPU, trainer.precision) > 0.85 > before

@@ -19,7 +19,7 @@ from mlrpl.bench.timing import Work, relative
 from mlrpl.config import Run, Settings
 from mlrpl.data import Batch, Case
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import predict_case, predicting, test_dice
+from mlrpl.evaluation import check_dice, predict_case, predicting
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import VNet, to_channels_last
@@ -361,12 +361,12 @@ def published_check(size: Size, volume: Sequence[int], cases: int, device: torch
 
     def difference() -> float:
         with exact():
-            return abs(test_dice(pair.method, stored, device, FLOAT32) - plain())
+            return abs(check_dice(pair.method, stored, device, FLOAT32) - plain())
 
     return Work(
         "published check",
         f"{cases} cases of {sides(volume)}",
-        lambda: test_dice(pair.method, stored, device, pair.precision),
+        lambda: check_dice(pair.method, stored, device, pair.precision),
         plain,
         difference,
     )
