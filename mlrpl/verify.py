@@ -17,7 +17,7 @@ import torch
 from mlrpl import ablations, audit_report, tables
 from mlrpl.comparison import comparison_tables
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import PREDICTIONS, SELECTIONS
+from mlrpl.evaluation import IDENTITY, PREDICTIONS, SELECTIONS
 from mlrpl.files import read_rows
 from mlrpl.methods import METHODS
 from mlrpl.metrics import case_metrics
@@ -138,7 +138,7 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
     for job in jobs:
         if keys.get(job.run.name) != job.key:
             continue
-        names = {name: getattr(job.run, name) for name in tables.RUN}
+        names = {name: getattr(job.run, name) for name in IDENTITY}
         if job.run.fold is not None:
             names["fold"] = job.run.fold
         committed = found.metrics[(found.metrics[list(names)] == pd.Series(names)).all(axis=1)]
