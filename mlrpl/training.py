@@ -308,8 +308,6 @@ class Trainer:
         self.peak_memory_mb = 0
         self.began_with = {**environment(), "device": device_name(device)}
         self.continued_with: list[dict[str, Any]] = []
-        self.precision = Precision("float32")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
         if compilation_pays(device, run.settings.iterations - self.iteration):
             self.method.compile_parts()
@@ -329,7 +327,6 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        requested = self.run.settings.precision
         if path.exists():
             state = load(path, self.device)
             if not isinstance(state, dict) or state.get("key") != self.key:
@@ -344,18 +341,18 @@ class Trainer:
                     "delete it and run again"
                 ) from None
         else:
-            volumes = sum(self.batches.sizes)
+            settings, volumes = self.run.settings, sum(self.batches.sizes)
             self.precision = choose_precision(
-                requested, self.method.network, self.run.settings.patch, volumes, self.device, self.store.channels
+                settings.precision, self.method.network, settings.patch, volumes, self.device, self.store.channels
             )
+            self.scaler = self.precision.scaler(self.device)
         if not self.precision.reduced:
             torch.backends.cudnn.allow_tf32 = False  # which PyTorch would take for a GPU's convolutions
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
-        if path.exists():
-            self.scaler.load_state_dict(state["scaler"])
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.precision = Precision(state["precision"], state["reason"])
+        self.scaler = self.precision.scaler(self.device)
+        self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         restore(self.optimizer, state["optimizer"])
         self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]

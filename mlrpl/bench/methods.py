@@ -107,7 +107,7 @@ def method_step(
     precision = choose_precision("auto", method.network, size.patch, sum(size.batch), device)
     if compiled:
         method.compile_parts()
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "float16")
+    scaler = precision.scaler(device)
     optimise = Optimisation(method, make_optimizer(method), scaler, precision, device)
     iteration = method.settings.ramp_iterations
     facts: dict[str, Any] = {"precision": precision.name, "parameters": count_parameters(method)}
