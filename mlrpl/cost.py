@@ -15,14 +15,14 @@ import torch
 
 from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
+from mlrpl.devices import device_name, find_device
 from mlrpl.evaluation import SELECTIONS, predict_case
 from mlrpl.inference import window_starts
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.provenance import device_name
 from mlrpl.study import Job, Workplace, chosen, pending
-from mlrpl.training import Trainer, check_cases, find_device
+from mlrpl.training import Trainer, check_cases
 from mlrpl.words import counted, duration
 
 STEPS, SECONDS = 3, 5.0  # at least so many steps, for at least so long

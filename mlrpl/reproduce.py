@@ -14,6 +14,7 @@ from mlrpl import tables
 from mlrpl.comparison import headline
 from mlrpl.config import is_packaged, study_names
 from mlrpl.data_report import SPLITS
+from mlrpl.devices import parse_device
 from mlrpl.errors import StudyError
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
@@ -23,7 +24,6 @@ from mlrpl.slurm import Resources, minutes, one_device, submit
 from mlrpl.steps import counting_bar
 from mlrpl.study import Job, Workplace, pending
 from mlrpl.study_report import report_notebooks, write_report
-from mlrpl.training import name_device
 from mlrpl.words import counted, duration
 from mlrpl.workers import WORKER_LOG, last_line, run_all, usual_jobs
 
@@ -86,7 +86,7 @@ def reproduce(
         one_device(device)
     place = Workplace(study, runs, results, data)
     for name in device.split(",") if device and not slurm else ():  # a node that only queues may have no GPU
-        name_device(name)
+        parse_device(name)
     _check_writable(place)
     with locked(place.runs, f"study {place.study.name}: another process is reproducing it in {place.root}/"):
         return _reproduce(place, jobs, device, only, adopt, tensorboard, slurm, report_only, started)
@@ -164,7 +164,7 @@ def _reproduce(
 
 
 def _usual_device() -> str:
-    kind = name_device().type
+    kind = parse_device().type
     return "cpu, since PyTorch finds no GPU that it can use" if kind == "cpu" else kind
 
 

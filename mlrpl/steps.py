@@ -16,6 +16,7 @@ from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.data.grid import other_voxels
 from mlrpl.data_report import SPLITS
+from mlrpl.devices import find_device, parse_device
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
 from mlrpl.locks import holder, locked
@@ -23,7 +24,7 @@ from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import have_sides, write_study
 from mlrpl.results import Results, collect
 from mlrpl.study import Job, Workplace, chosen
-from mlrpl.training import find_device, name_device, progress_bar
+from mlrpl.training import progress_bar
 from mlrpl.words import counted
 
 
@@ -46,7 +47,7 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
         if not re.match(SLUG, name):
             raise StudyError(f"{name!r} cannot be a study's name: take small letters, digits, - and _, as in 'mine'")
         with counting_bar("looking at the images", "case") as show:
-            path = write_study(name, Path(source), hardware or name_device().type, show)
+            path = write_study(name, Path(source), hardware or parse_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
     for folder in place.runs.glob("*-????????"):

@@ -26,13 +26,14 @@ import pandas as pd
 from mlrpl import own_code
 from mlrpl.config import Run, Study, load_study
 from mlrpl.data import Store, prepare
+from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
 from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, build, find_method, result_version
-from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
+from mlrpl.training import Progress, Trainer, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
 EVALUATION_VERSION = 3  # raise when evaluation changes what it writes

@@ -23,13 +23,13 @@ import torch
 from mlrpl import training
 from mlrpl.config import Dataset, Run
 from mlrpl.data import Store, open_store, prepare
+from mlrpl.devices import find_device
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.methods.mlrpl import MLRPL
 from mlrpl.training import (
     Trainer,
     check_cases,
-    find_device,
     learning_rate,
     load,
     make_batches,
