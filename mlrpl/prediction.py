@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mlrpl.components import keep_largest
 from mlrpl.data import Store
-from mlrpl.data.grid import check_same_grid, other_voxels
+from mlrpl.data.grid import other_voxels
 from mlrpl.data.preparation import Prepared
-from mlrpl.data.volumes import ENDINGS, ending, read_volume, without_ending, write_nifti
+from mlrpl.data.volumes import ENDINGS, ending, read_channels, without_ending, write_nifti
 from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_slabs, window_starts
 from mlrpl.methods import Method
@@ -55,7 +55,10 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Image:
-    """An image to predict: a name for its files, and the files of its channels (or one file, or one DICOM folder)."""
+    """An image to predict: a name for its files, and the files of its channels, which lie in one folder.
+
+    One file may hold all channels; a DICOM folder stands for a file.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -130,7 +133,7 @@ def find_images(given: Iterable[Path], channels: int) -> list[Image]:
     images += _by_channel(files, channels)
     names = [image.name for image in images]
     for image in images:
-        if names.count(image.name) > 1 or len(image.files) > max(channels, 1):
+        if names.count(image.name) > 1:
             raise StudyError(f"{image.files[0].name}: two images would be named '{image.name}'; predict them apart")
     if not images:
         raise StudyError("no image is given")
@@ -220,13 +223,8 @@ def predict_image(
 
 
 def _prepare(ensemble: Ensemble, image: Image) -> Prepared:
-    volumes = [read_volume(path.parent, path.name) for path in image.files]
-    name, (_, geometry) = image.files[0].name, volumes[0]
-    for path, (array, other) in zip(image.files[1:], volumes[1:], strict=True):
-        if array.shape[1:] != volumes[0][0].shape[1:]:
-            raise StudyError(f"{path.name}: its shape is not that of {name}; export all channels on the same grid")
-        check_same_grid(path.name, other, name, geometry)
-    array = np.concatenate([array for array, _ in volumes]) if len(volumes) > 1 else volumes[0][0]
+    name, *_ = names = [path.name for path in image.files]
+    array, geometry = read_channels(image.files[0].parent, names)
     if len(array) != ensemble.store.channels:
         raise StudyError(f"{name}: {len(array)} channels, but {ensemble.name} learned from {ensemble.store.channels}")
     if not np.isfinite(array).all():

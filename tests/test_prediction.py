@@ -273,6 +273,15 @@ def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_channels_of_other_grids_are_refused(tmp_path):
+    one, other = tmp_path / "p_0000.nii.gz", tmp_path / "p_0001.nii.gz"
+    write(one, np.zeros((8, 8, 8), np.float32))
+    for size, spacing, differs in (((8, 8, 9), (1, 1, 1), "shape"), ((8, 8, 8), (1, 1, 2), "spacing")):
+        write(other, np.zeros(size, np.float32), spacing)
+        with pytest.raises(StudyError, match=rf"p_0001.nii.gz: its {differs} \(.*\) is not that of p_0000"):
+            predict_image(ensemble(Preparation(), 1.0), Image("p", (one, other)), tmp_path / "out")
+
+
 @pytest.mark.parametrize(("files", "channels", "names"), [
     (["p_0000", "p_0001"], 2, {"p": 2}),
     (["p_0000", "p_0001", "p_0002"], 2, {"p_0000": 1, "p_0001": 1, "p_0002": 1}),  # cases of four axes

@@ -16,9 +16,10 @@ import numpy as np
 from pydantic import Field
 
 from mlrpl.data.bounds import H5_ERRORS, read_h5
+from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Options, Raw, Rejected
-from mlrpl.data.volumes import below
+from mlrpl.data.volumes import below, read_label, read_volume
 from mlrpl.errors import StudyError
 
 LISTS = (".list", ".txt")
@@ -84,6 +85,18 @@ class Benchmark:
                 f"({str(error).splitlines()[0][:80]})"
             ) from None
         return Raw(image[None].astype(np.float32), label)
+
+    def read_files(self, entry: Entry) -> tuple[np.ndarray, Geometry, np.ndarray]:
+        """Image (channels, x, y, z), its geometry and its label (x, y, z) as the files of a raw case hold them.
+
+        Raises:
+            StudyError: where the label is missing or on another grid, or a file cannot be read.
+        """
+        name, label_name = entry.files
+        if not (self.root / label_name).is_file():
+            raise StudyError(f"{label_name}: not there; complete the case or remove it")
+        image, geometry = read_volume(self.root, name)
+        return image, geometry, read_label(self.root, label_name, name, (image, geometry))
 
     def read_raw(self, entry: Entry) -> Raw:
         """Read and prepare one case as the paper does."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlrpl.data.grid import Geometry
+from mlrpl.data.grid import Volume
 from mlrpl.errors import StudyError
 
 SERIES, POSITION, ORIENTATION = "0020|000e", "0020|0032", "0020|0037"
@@ -44,7 +44,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
-def read_dicom(folder: Path, name: str, slices: int | None = None) -> tuple[np.ndarray, Geometry]:
+def read_dicom(folder: Path, name: str, slices: int | None = None) -> Volume:
     """Volume (x, y, z), float32 after rescale slope and intercept (HU in CT), and geometry of a folder's series.
 
     Args:

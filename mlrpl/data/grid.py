@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import SimpleITK
 
 Geometry = dict[str, list[float]]
+Volume = tuple[np.ndarray, Geometry]  # an array and where it lies
 UNUSUAL = 1.25  # sides of voxels
 
 
@@ -28,18 +29,18 @@ def difference(geometry: Mapping[str, list[float]], expected: Mapping[str, list[
     return None
 
 
-def check_same_grid(
-    name: str, geometry: Mapping[str, list[float]], other: str, expected: Mapping[str, list[float]]
-) -> None:
-    """StudyError unless both lie alike in space: a flipped label would train without a word."""
-    if key := difference(geometry, expected):
+def check_same_grid(name: str, volume: Volume, other: str, expected: Volume) -> None:
+    """StudyError unless both are of one size and lie alike in space: a flipped label would train without a word."""
+    mine, theirs = ({"shape": array.shape[1:], **geometry} for array, geometry in (volume, expected))
+    key = "shape" if mine["shape"] != theirs["shape"] else difference(mine, theirs)
+    if key:
         raise StudyError(
-            f"{name}: its {key} {_short(geometry[key])} is not that of {other}, "
-            f"{_short(expected[key])}; export both on the same grid"
+            f"{name}: its {key} {_short(mine[key])} is not that of {other}, {_short(theirs[key])}; "
+            "export both on the same grid"
         )
 
 
-def to_patient_axes(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+def to_patient_axes(array: np.ndarray, geometry: Geometry) -> Volume:
     """The same voxels, axes as near as may be to the patient's left, back and head: permuted and flipped, a view."""
     axes, signs = _axes(geometry)
     direction, spacing = np.reshape(geometry["direction"], (3, 3)), np.array(geometry["spacing"])
@@ -130,7 +131,7 @@ def _geometry(spacing: Sequence[float], origin: np.ndarray, direction: np.ndarra
 
 
 def _short(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+    return "(" + ", ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values) + ")"
 
 
 def other_voxels(spacing: Sequence[float] | np.ndarray, usual: Sequence[float] | np.ndarray) -> bool:

@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mlrpl.data.grid import Geometry, difference, from_patient_axes, moved, resample, to_patient_axes, with_spacing
+from mlrpl.data.grid import (
+    Geometry,
+    Volume,
+    difference,
+    from_patient_axes,
+    moved,
+    resample,
+    to_patient_axes,
+    with_spacing,
+)
 from mlrpl.errors import StudyError
 
 SAME_SPACING = 0.01  # relative difference below which an image keeps its voxels
@@ -101,7 +110,7 @@ class Preparation(BaseModel):
             return turned[0]
         return resample(turned[0], place, size, prepared.geometry, "nearest")
 
-    def _turned(self, array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+    def _turned(self, array: np.ndarray, geometry: Geometry) -> Volume:
         return (array, geometry) if self.axes == "file" else to_patient_axes(array, geometry)
 
     def normalise(self, image: np.ndarray, name: str) -> np.ndarray:

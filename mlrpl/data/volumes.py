@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from mlrpl.data.bounds import TRAILING, check_nifti, check_nrrd, read_bounded
 from mlrpl.data.dicom import read_dicom
-from mlrpl.data.grid import Geometry, to_itk
+from mlrpl.data.grid import Geometry, Volume, check_same_grid, to_itk
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
 
@@ -26,7 +27,7 @@ FLOATS = {16: "f4", 64: "f8"}  # of NIfTI's data types
 HEADER_SIZES = (348, 540)  # NIfTI-1 and 2; read with the wrong byte order they are other numbers
 
 
-def read_volume(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+def read_volume(root: Path, name: str) -> Volume:
     """Volume (channels, x, y, z) and geometry of <root>/<name>: a NIfTI or NRRD file, or a folder with a DICOM series.
 
     Raises:
@@ -45,7 +46,33 @@ def read_volume(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     )
 
 
-def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+def read_channels(root: Path, names: Sequence[str]) -> Volume:
+    """One image (channels, x, y, z) and its geometry from a file, or from several with a channel or more each.
+
+    Raises:
+        StudyError: what `read_volume` raises, and where the files are not on one grid.
+    """
+    volumes = [read_volume(root, name) for name in names]
+    for name, volume in zip(names[1:], volumes[1:], strict=True):
+        check_same_grid(name, volume, names[0], volumes[0])
+    arrays, (geometry, *_) = zip(*volumes, strict=True)
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0], geometry
+
+
+def read_label(root: Path, name: str, image_name: str, image: Volume) -> np.ndarray:
+    """The label (x, y, z) of an image (channels, x, y, z).
+
+    Raises:
+        StudyError: what `read_volume` raises, and where it has channels or is not on the image's grid.
+    """
+    label, place = read_volume(root, name)
+    if len(label) != 1:
+        raise StudyError(f"{name}: the label has {len(label)} channels; it must have one")
+    check_same_grid(name, (label, place), image_name, image)
+    return label[0]
+
+
+def read_nifti(root: Path, name: str) -> Volume:
     """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
     import SimpleITK
 
@@ -65,7 +92,7 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     return _array_and_geometry(volume, name)
 
 
-def _read_nrrd(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+def _read_nrrd(root: Path, name: str) -> Volume:
     import SimpleITK
 
     check_nrrd(root / name, name)
@@ -76,7 +103,7 @@ def _read_nrrd(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     return _array_and_geometry(volume, name)
 
 
-def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> tuple[np.ndarray, Geometry]:
+def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> Volume:
     import SimpleITK
 
     array = SimpleITK.GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
