@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlrpl.components import keep_largest
 from mlrpl.data import Store
 from mlrpl.data.grid import other_voxels
 from mlrpl.data.preparation import Prepared
 from mlrpl.data.volumes import ENDINGS, ending, read_channels, without_ending, write_nifti
 from mlrpl.errors import StudyError
 from mlrpl.inference import sliding_slabs, window_starts
+from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.study import Job, Workplace

@@ -12,11 +12,11 @@ from test_raw import OBLIQUE, write, write_series
 
 import mlrpl
 from mlrpl import prediction
-from mlrpl.components import keep_largest
 from mlrpl.config import Settings
 from mlrpl.data.grid import from_patient_axes, to_patient_axes
 from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
+from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
 from mlrpl.prediction import Ensemble, Image, find_images, open_ensemble, predict, predict_image

@@ -21,6 +21,7 @@ from mlrpl.data.grid import (
     with_spacing,
 )
 from mlrpl.errors import StudyError
+from mlrpl.masks import bounding_box
 
 SAME_SPACING = 0.01  # relative difference below which an image keeps its voxels
 Millimetres = Annotated[float, Field(gt=0)]
@@ -180,14 +181,10 @@ def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nonzero_box(channel: np.ndarray, name: str) -> tuple[slice, ...]:
-    """The smallest box around the non-zero voxels of (x, y, z)."""
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(channel.any(axis=tuple(np.delete(range(3), axis))))
-        if not found.size:
-            raise StudyError(f"{name}: every voxel is zero; replace or remove the image")
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
+    """The smallest box around the non-zero voxels of (x, y, z); StudyError where there is none."""
+    if (box := bounding_box(channel)) is None:
+        raise StudyError(f"{name}: every voxel is zero; replace or remove the image")
+    return box
 
 
 def _brain_score(channel: np.ndarray, name: str) -> np.ndarray:
