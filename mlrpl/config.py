@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlrpl import own_code
 from mlrpl.errors import StudyError
@@ -25,7 +25,9 @@ MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
 Whole = Annotated[int, Field(strict=True)]  # 3.000 is no way to write three thousand
 Side = Annotated[Whole, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
 Sides = tuple[Side, Side, Side]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)  # one number: a list of one
+Numbers = Annotated[tuple[Side, ...], Field(min_length=1), Listed]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Listed]
 SLUG = r"^[a-z0-9][a-z0-9._-]*$"
 Slug = Annotated[str, Field(pattern=SLUG)]
 
@@ -112,16 +114,10 @@ class Entry(Model):
     variant: Slug
     method: str
     title: str
-    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    labelled: Numbers
     seeds: Seeds | None = None
     settings: dict[str, Any] = {}
     options: dict[str, Any] = {}
-
-    @field_validator("labelled", "seeds", mode="before")
-    @classmethod
-    def listed(cls, value: Any) -> Any:
-        """One number stands for a list of one."""
-        return [value] if isinstance(value, int) else value
 
 
 class PaperFigure(Model):
@@ -173,16 +169,10 @@ class Ablation(Model):
     axis: str
     about: str = ""
     paper_on: str = ""
-    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    labelled: Numbers
     seeds: Seeds | None = None
     settings: dict[str, Any] = {}
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
-
-    @field_validator("labelled", "seeds", mode="before")
-    @classmethod
-    def listed(cls, value: Any) -> Any:
-        """One number stands for a list of one."""
-        return [value] if isinstance(value, int) else value
 
     @field_validator("variants")
     @classmethod
