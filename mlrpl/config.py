@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -339,7 +339,7 @@ class Study(Model):
             for entry, ablation in lines:
                 if seed not in (entry.seeds or self.seeds):
                     continue
-                settings = _validated(
+                settings = validated(
                     Settings, {**self.settings.model_dump(), **entry.settings}, f"study {self.name}, {entry.variant}"
                 )
                 if any(step > side for step, side in zip(settings.stride, settings.patch, strict=True)):
@@ -364,9 +364,6 @@ class Study(Model):
                     )
 
 
-KNOWN = list(Study.model_fields | Settings.model_fields | Entry.model_fields | Dataset.model_fields)
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that takes no key twice: the first of them would be lost without a word."""
 
@@ -377,7 +374,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _validated(model: type[M], content: Any, where: str) -> M:
+def validated(model: type[M], content: Any, where: str) -> M:
+    """Settings from what was written.
+
+    Args:
+        model: what they should be.
+        content: as YAML gives it.
+        where: they stand, for the message.
+
+    Raises:
+        StudyError: names the first setting that is wrong, and for one that does not exist the nearest that does.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -385,10 +392,19 @@ def _validated(model: type[M], content: Any, where: str) -> M:
         place = ".".join(str(part) for part in first["loc"]) or "settings"
         said = first["msg"]
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), KNOWN, 1)
+            near = difflib.get_close_matches(str(first["loc"][-1]), _names(model), 1)
             said = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
         more = f" (and {len(others)} more)" if others else ""
         raise StudyError(f"{where}: {place}: {said}{more}") from None
+
+
+def _names(kind: Any) -> set[str]:
+    """Names of all settings in a model, or in the models that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, Model):
+        fields = kind.model_fields
+        inside = (_names(field.annotation) for field in fields.values())
+        return {field.alias or name for name, field in fields.items()}.union(*inside)
+    return set().union(*map(_names, get_args(kind)))
 
 
 def _file(name: str) -> Any:
@@ -453,7 +469,7 @@ def load_study(name: str) -> Study:
     if isinstance(file, Path):
         own_code.look_in(file.resolve().parent)
     content = _bounded_yaml(file)
-    study = _validated(Study, content, f"study file {file.name}")
+    study = validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]
     if twice := {n for n in names if names.count(n) > 1}:
         raise StudyError(f"study {study.name}: two runs are named {sorted(twice)[0]}: give them different variants")

@@ -137,6 +137,7 @@ RUNS = STUDY["runs"]
     ({"runs": []}, "runs: Tuple should have at least 1 item"),
     ({"runs": [{**RUNS[0], "labelled": []}]}, "runs.0.labelled: Tuple should have at least 1 item"),
     ({"runs": [{**RUNS[0], "labelled": 0}]}, "runs.0.labelled.0: Input should be greater than 0"),
+    ({"run": []}, "run: there is no such setting, did you mean runs?"),
     ({"runs": [{**RUNS[0], "setting": {}}]}, "runs.0.setting: there is no such setting, did you mean settings?"),
     ({"runs": [{**RUNS[0], "settings": {"beta": 1}}]}, "mlrpl: beta: there is no such setting, did you mean beta_max?"),
     ({"settings": {"iterations": 3.0}}, "settings.iterations: Input should be a valid integer"),

@@ -15,10 +15,11 @@ import h5py
 import numpy as np
 from pydantic import Field
 
+from mlrpl.config import Model
 from mlrpl.data.bounds import H5_ERRORS, read_h5
 from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Options, Raw, Rejected
+from mlrpl.data.source import Entry, Raw, Rejected
 from mlrpl.data.volumes import below, read_label, read_volume
 from mlrpl.errors import StudyError
 from mlrpl.masks import bounding_box
@@ -27,7 +28,7 @@ LISTS = (".list", ".txt")
 Files = dict[str, tuple[str, ...]]  # of each case, relative to the root
 
 
-class BenchmarkOptions(Options):
+class BenchmarkOptions(Model):
     """`seed` draws the split where there are no list files."""
 
     seed: int = Field(0, ge=0)

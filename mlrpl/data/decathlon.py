@@ -20,14 +20,15 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from mlrpl.config import Model
 from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Options, Raw, Rejected
+from mlrpl.data.source import Entry, Raw, Rejected
 from mlrpl.data.volumes import NIFTI, channels_of, ending, nifti_files, read_channels, read_label, without_ending
 from mlrpl.errors import StudyError
 
 
-class DecathlonOptions(Options):
+class DecathlonOptions(Model):
     """What a study may set.
 
     Attributes:

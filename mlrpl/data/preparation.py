@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from mlrpl.config import Model
 from mlrpl.data.grid import (
     Geometry,
     Volume,
@@ -25,22 +26,21 @@ from mlrpl.masks import bounding_box
 
 SAME_SPACING = 0.01  # relative difference below which an image keeps its voxels
 Millimetres = Annotated[float, Field(gt=0)]
+Bound = Annotated[float, Field(allow_inf_nan=True)]  # infinite: nothing is clipped there
 
 
-class Window(BaseModel):
+class Window(Model):
     """Clip to low … high, then subtract `mean` and divide by `sd`; without these, the image's own after clipping."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    low: float
-    high: float
+    low: Bound
+    high: Bound
     mean: float | None = None
     sd: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def ordered(self) -> "Window":
         """A window has a width."""
-        if self.low >= self.high:
+        if not self.low < self.high:
             raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
         return self
 
@@ -69,7 +69,7 @@ class Prepared:
         return {"shape": list(self.original_size), **self.original}
 
 
-class Preparation(BaseModel):
+class Preparation(Model):
     """What is done to every image.
 
     Attributes:
@@ -78,8 +78,6 @@ class Preparation(BaseModel):
         channels: one entry a channel; or one for all. "z-score": mean 0, deviation 1 over the volume; "brain": clipped
             at the 99.9th percentile of the box of non-zero voxels, then mean and deviation of these; or a `Window`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     axes: Literal["file", "patient"] = "file"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
