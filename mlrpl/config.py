@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from importlib import resources
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -20,6 +19,7 @@ from mlrpl import own_code
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
 
+STUDIES = Path(__file__).parent / "studies"  # that come with the package
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
 
 Whole = Annotated[int, Field(strict=True)]  # 3.000 is no way to write three thousand
@@ -407,28 +407,25 @@ def _names(kind: Any) -> set[str]:
     return set().union(*map(_names, get_args(kind)))
 
 
-def _file(name: str) -> Any:
+def study_file(name: str) -> Path:
+    """Where `load_study` looks for that study; the file need not be there."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    places = (_packaged() / f"{name}.yaml", Path(f"{name}.yaml"))
+    places = (STUDIES / f"{name}.yaml", Path(f"{name}.yaml"))
     return next((place for place in places if place.is_file()), places[0])
 
 
 def is_packaged(name: str) -> bool:
     """Whether `load_study` finds that study in the package."""
-    return Path(str(_file(name))).resolve().parent == Path(__file__).resolve().parent / "studies"
+    return study_file(name).resolve().parent == STUDIES.resolve()
 
 
 def study_names() -> list[str]:
     """Names of the studies that come with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _packaged().iterdir() if f.name.endswith(".yaml"))
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 
-def _packaged() -> Any:
-    return resources.files("mlrpl") / "studies"
-
-
-def _bounded_yaml(file: Any) -> Any:
+def _bounded_yaml(file: Path) -> Any:
     """A file's content; a few lines with aliases of aliases can stand for more than any memory holds."""
     try:
         with file.open("rb") as opened:
@@ -461,13 +458,12 @@ def load_study(name: str) -> Study:
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
-    file = _file(name)
+    file = study_file(name)
     if not file.is_file():
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
-    if isinstance(file, Path):
-        own_code.look_in(file.resolve().parent)
+    own_code.look_in(file.resolve().parent)
     content = _bounded_yaml(file)
     study = validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]
