@@ -61,9 +61,24 @@ class Settings(Model):
     """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA.
 
     Attributes:
-        batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
+        patch: sides (x, y, z) of what the network sees at a time, in voxels.
+        stride: from one window of a whole volume's prediction to the next, in voxels.
+        augmentation: see `mlrpl.data.patches.Batches`.
+        filters: of the network at full resolution; twice as many each time that the sides are halved.
         normalisation: "batch", as published, predicts with running averages over labelled and unlabelled volumes. With
             very few labelled volumes these averages can fit neither; "instance" needs none.
+        iterations: steps of training, one batch each.
+        batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
+        learning_rate: of stochastic gradient descent, in the first iteration.
+        lr_schedule: how it falls from there, see `mlrpl.training.learning_rate`.
+        momentum: of stochastic gradient descent.
+        weight_decay: of stochastic gradient descent.
+        beta_max: largest weight β of the loss that needs no label.
+        ramp_iterations: until β is there.
+        check_from: iteration from which on the published protocol measures Dice, to keep the best weights.
+        check_every: iterations from one such check to the next.
+        precision: of training; "auto": the fastest that this machine computes right (`mlrpl.precision`).
+        threads: of a run's process.
     """
 
     patch: Sides = (112, 112, 80)

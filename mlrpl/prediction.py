@@ -73,8 +73,11 @@ def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
     file = re.fullmatch(r"(.+\.ya?ml)(?:/(.+))?", run)
     study, _, name = run.partition("/") if not file else (file[1], "", file[2] or "")
     place = Workplace(study, runs)
-    if place.study.dataset.step > 1:
-        raise StudyError(f"study {place.study.name} learned from every second voxel; predict with one of step: 1")
+    if (step := place.study.dataset.step) > 1:
+        raise StudyError(
+            f"study {place.study.name} learned from images with voxels left out (step: {step}); "
+            "predict with one of step: 1"
+        )
     jobs = _named(place, name)
     if waiting := [job.run.name for job in jobs if not job.finished("train")]:
         raise StudyError(

@@ -254,6 +254,11 @@ def test_a_variant_of_several_runs_is_answered_with_their_names(tmp_path):
         open_ensemble(f"{tmp_path}/s.yaml/mlrpl", str(tmp_path / "runs"), CPU)
 
 
+def test_a_study_of_images_with_voxels_left_out_does_not_predict(tmp_path):
+    with pytest.raises(StudyError, match=r"voxels left out \(step: 2\); predict with one of step: 1"):
+        open_ensemble("la-half", str(tmp_path), CPU)
+
+
 def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
     (tmp_path / "empty").mkdir()
