@@ -6,7 +6,6 @@ Memory stays at a few volumes: windows are summed slab by slab, and class after 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,13 @@ from mlrpl.data.grid import other_voxels
 from mlrpl.data.preparation import Prepared
 from mlrpl.data.volumes import ENDINGS, ending, read_channels, without_ending, write_nifti
 from mlrpl.errors import StudyError
-from mlrpl.inference import sliding_slabs, window_starts
+from mlrpl.inference import count_windows, sliding_slabs
 from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load, make_method
+from mlrpl.words import slug
 
 DATA_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")  # nothing is to be written over there
 NOTICE = "For research, not for diagnosis."
@@ -215,7 +215,7 @@ def predict_image(
         keep_largest(files[image.name], len(classes))
     paths = [output / f"{image.name}.nii.gz"]
     write_nifti(paths[0], files[image.name], geometry)
-    slugs = [_slug(name) for name in classes]
+    slugs = [slug(name) for name in classes]
     alone = len(set(slugs)) == len(slugs)
     wanted = {f"probability_{slugs[c] if alone else c}": c for c in range(1, len(classes)) if probabilities}
     wanted |= {"disagreement": len(classes)} if disagreement else {}
@@ -239,7 +239,7 @@ def _slabs(
     ensemble: Ensemble, prepared: Prepared, outputs: tuple[str, ...], watch: Progress | None
 ) -> Iterable[tuple[int, Tensor]]:
     settings, device = ensemble.methods[0][0].settings, ensemble.device
-    total = prod(map(len, window_starts(prepared.image.shape[1:], settings.patch, settings.stride)))
+    total = count_windows(prepared.image.shape[1:], settings.patch, settings.stride)
     done = 0
 
     def predict(windows: Tensor) -> Tensor:
@@ -274,10 +274,6 @@ def _restored_labels(
             found[higher] = c
             np.maximum(best, restored, out=best)
     return found
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def predict(

@@ -14,7 +14,7 @@ from mlrpl.data.grid import to_patient_axes
 from mlrpl.data.prepare import check
 from mlrpl.data.source import Raw
 from mlrpl.errors import StudyError
-from mlrpl.files import atomic, read_json
+from mlrpl.files import read_json, write_text
 from mlrpl.networks import STRIDE
 
 VOXELS = {"cpu": 64 * 64 * 32, "cuda": 96**3}  # of a patch: what memory and patience allow
@@ -217,6 +217,5 @@ def write_study(name: str, root: Path, device: str, progress: Callable[[int, int
         raise StudyError(f"{root}: no such folder; give the folder that holds imagesTr and labelsTr")
     text = propose(name, look(root, progress), device)
     path = Path(f"{name}.yaml")
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path

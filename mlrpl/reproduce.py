@@ -13,7 +13,6 @@ import numpy as np
 from mlrpl import tables
 from mlrpl.comparison import headline
 from mlrpl.config import is_packaged, study_names
-from mlrpl.data_report import SPLITS
 from mlrpl.devices import parse_device
 from mlrpl.errors import StudyError
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
@@ -21,7 +20,7 @@ from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.results import Results, collect
 from mlrpl.slurm import Resources, minutes, one_device, submit
-from mlrpl.steps import counting_bar
+from mlrpl.steps import prepare_cases, tell_split
 from mlrpl.study import Job, Workplace, pending
 from mlrpl.study_report import report_notebooks, write_report
 from mlrpl.words import counted, duration
@@ -106,8 +105,7 @@ def _reproduce(
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
     for folder in (place.runs, place.results, *place.results.glob("*/")):
         remove_temporary(folder)
-    with counting_bar("  preparing cases", "case") as show:
-        store = place.store = place.prepare(show)
+    store = prepare_cases(place)
     committed = Results.load(place.results)
     _check_name(place, committed)
     elsewhere = _other_results(place) if adopt else {}
@@ -117,8 +115,7 @@ def _reproduce(
     todo = list(pending(place, only, set(adopted)))
     runs = counted(len({job.key for job in place.jobs}), "run")
     print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
-    if store.index["split"] == "seeded" and store.ids("test"):
-        print(f"  the split is {SPLITS['seeded']}")
+    tell_split(store)
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")
     for folder in dict.fromkeys(adopted.values()):

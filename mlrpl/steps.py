@@ -56,12 +56,11 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
                 f"study {place.study.name}: process {owner.pid} on {owner.host} is at {folder.name}; "
                 "wait for it or stop it before the cases are prepared anew"
             )
-    store = _prepared(place)
+    store = prepare_cases(place)
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
-    if store.index["split"] == "seeded" and store.ids("test"):
-        print(f"  the split is {SPLITS['seeded']}")
+    tell_split(store)
     for each in store.index["rejected"]:
         print(f"  left out: {each['problem']}")
     for advice in _advice(place):
@@ -97,16 +96,23 @@ def _advice(place: Workplace) -> Iterator[str]:
         yield f"{counted(len(stale), 'trained run')} of other data or settings than now; mlrpl train makes new ones"
 
 
-def _prepared(place: Workplace) -> Store:
+def prepare_cases(place: Workplace) -> Store:
+    """Make a study's case store, or open the one that is there, with a bar."""
     with counting_bar("preparing", "case") as show:
         place.store = place.prepare(show)
     return place.store
 
 
+def tell_split(store: Store) -> None:
+    """Say so where the split was drawn from a seed."""
+    if store.index["split"] == "seeded" and store.ids("test"):
+        print(f"  the split is {SPLITS['seeded']}")
+
+
 def cost_study(name: str, data: str | None, only: str | None, device: str | None, runs: str) -> list[cost.Cost]:
     """Measure what each run of a study takes here, and print it line by line as it is known."""
     place = Workplace(name, runs, data=data)
-    _prepared(place)
+    prepare_cases(place)
     print(cost.HEAD)
     found = []
     for each in cost.costs(place, only, device):

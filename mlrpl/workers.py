@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mlrpl.devices import parse_device, share_devices
 from mlrpl.files import read_json
-from mlrpl.process import MALLOC
+from mlrpl.process import MALLOC, cpu_count
 from mlrpl.study import Job, Workplace
 from mlrpl.words import duration
 
@@ -59,7 +59,7 @@ def run_all(
     """
     waiting, working, failures = list(jobs), [], {}
     devices = share_devices(device, max(at_once, 1))
-    slots = list(range(max(at_once, 1)))
+    slots = list(range(len(devices)))
     try:
         while waiting or working:
             while waiting and slots:
@@ -113,8 +113,7 @@ def usual_jobs(device: str | None, threads: int) -> int:
     named = device.split(",") if device else []
     if parse_device(named[0] if named else None).type == "cuda":
         return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, MOST_JOBS))
+    return max(1, min(cpu_count() // threads, MOST_JOBS))
 
 
 def command_line(command: str, place: Workplace, *arguments: str) -> list[str]:

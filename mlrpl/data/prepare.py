@@ -30,6 +30,7 @@ from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
 from mlrpl.data.volumes import changed_at, checksum, size
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, remove_temporary, write_json
+from mlrpl.process import cpu_count
 
 Progress = Callable[[int, int], None]  # cases done, cases in all
 
@@ -97,7 +98,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(folder, ".lock")):
             return _existing(folder, settings, reader, root) or _build(
-                reader, root, settings, folder, progress, workers or min(WORKERS, _processors())
+                reader, root, settings, folder, progress, workers or min(WORKERS, cpu_count())
             )
     except OSError as error:  # disk full, read-only, ...: sources turn their own into StudyError
         raise StudyError(f"{folder}: cannot write the case store: {error.strerror or error}") from None
@@ -206,11 +207,6 @@ def _build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_store(folder)
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_cases(
