@@ -5,6 +5,7 @@ DICOM (x to the left, y to the back, z to the head). Arrays are (channels, x, y,
 """
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,24 +94,28 @@ def resample(
         interpolation: "bspline" (order 3), "linear" or "nearest". Outside of the volume, "bspline" and "linear" go on
             with the border's value and "nearest" is 0.
     """
-    import SimpleITK
-
-    kinds = {"bspline": SimpleITK.sitkBSpline, "linear": SimpleITK.sitkLinear, "nearest": SimpleITK.sitkNearestNeighbor}
-    resampler = SimpleITK.ResampleImageFilter()
+    itk = simpleitk()
+    kinds = {"bspline": itk.sitkBSpline, "linear": itk.sitkLinear, "nearest": itk.sitkNearestNeighbor}
+    resampler = itk.ResampleImageFilter()
     resampler.SetInterpolator(kinds[interpolation])
     resampler.SetSize([int(n) for n in size])
     resampler.SetOutputSpacing(target["spacing"])
     resampler.SetOutputOrigin(target["origin"])
     resampler.SetOutputDirection(target["direction"])
     resampler.SetUseNearestNeighborExtrapolator(interpolation != "nearest")
-    return SimpleITK.GetArrayFromImage(resampler.Execute(to_itk(array, geometry))).transpose()
+    return itk.GetArrayFromImage(resampler.Execute(to_itk(array, geometry))).transpose()
+
+
+def simpleitk() -> ModuleType:
+    """SimpleITK, imported where it is first used: training must do without, since clusters may lack it."""
+    import SimpleITK
+
+    return SimpleITK
 
 
 def to_itk(array: np.ndarray, geometry: Geometry) -> "SimpleITK.Image":
     """An ITK image of a volume (x, y, z)."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.transpose()))
+    image = simpleitk().GetImageFromArray(np.ascontiguousarray(array.transpose()))
     image.SetSpacing(geometry["spacing"])
     image.SetOrigin(geometry["origin"])
     image.SetDirection(geometry["direction"])

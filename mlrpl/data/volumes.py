@@ -13,7 +13,7 @@ import numpy as np
 
 from mlrpl.data.bounds import TRAILING, check_nifti, check_nrrd, read_bounded
 from mlrpl.data.dicom import read_dicom
-from mlrpl.data.grid import Geometry, Volume, check_same_grid, to_itk
+from mlrpl.data.grid import Geometry, Volume, check_same_grid, simpleitk, to_itk
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
 
@@ -74,11 +74,9 @@ def read_label(root: Path, name: str, image_name: str, image: Volume) -> np.ndar
 
 def read_nifti(root: Path, name: str) -> Volume:
     """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
-    import SimpleITK
-
     try:
         size = check_nifti(root / name, name)
-        volume = SimpleITK.ReadImage(str(root / name))
+        volume = simpleitk().ReadImage(str(root / name))
         stored = _stored_voxels(root / name, volume, size)
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, PermissionError):
@@ -93,20 +91,16 @@ def read_nifti(root: Path, name: str) -> Volume:
 
 
 def _read_nrrd(root: Path, name: str) -> Volume:
-    import SimpleITK
-
     check_nrrd(root / name, name)
     try:
-        volume = SimpleITK.ReadImage(str(root / name))
+        volume = simpleitk().ReadImage(str(root / name))
     except RuntimeError:
         raise StudyError(f"{name}: cannot be read as NRRD, it may be cut short; copy it again") from None
     return _array_and_geometry(volume, name)
 
 
 def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> Volume:
-    import SimpleITK
-
-    array = SimpleITK.GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
+    array = simpleitk().GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
     if volume.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
     elif volume.GetDimension() == 3:
@@ -120,12 +114,10 @@ def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> Volume:
 
 def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Write a volume (x, y, z), compressed, atomically; StudyError where it cannot be written, or not to its end."""
-    import SimpleITK
-
     with atomic(path) as partial:
         working = partial.with_name(f"{partial.name}.nii.gz")  # ITK goes by the ending
         try:
-            SimpleITK.WriteImage(to_itk(array, geometry), str(working), useCompression=True)
+            simpleitk().WriteImage(to_itk(array, geometry), str(working), useCompression=True)
             if not _is_whole(working):  # of a disk that is full ITK says nothing
                 raise StudyError(f"{path}: could not be written to its end; is the disk full?")
             working.replace(partial)
@@ -149,9 +141,7 @@ def _is_whole(path: Path) -> bool:
 
 def channels_of(path: Path) -> int:
     """Channels of a NIfTI file by its header: its fourth side, or the numbers of a voxel; 1 where it cannot be read."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
+    reader = simpleitk().ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
