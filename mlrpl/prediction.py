@@ -226,8 +226,8 @@ def predict_image(
 
 
 def _prepare(ensemble: Ensemble, image: Image) -> Prepared:
-    name, *_ = names = [path.name for path in image.files]
-    array, geometry = read_channels(image.files[0].parent, names)
+    name = image.files[0].name
+    array, geometry = read_channels(image.files[0].parent, [path.name for path in image.files])
     if len(array) != ensemble.store.channels:
         raise StudyError(f"{name}: {len(array)} channels, but {ensemble.name} learned from {ensemble.store.channels}")
     if not np.isfinite(array).all():
