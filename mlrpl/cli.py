@@ -22,6 +22,8 @@ UNWRITABLE = (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")]
+Only = Annotated[str | None, typer.Option(help="Only runs with one of these (a,b) in their name.")]
 Runs = Annotated[str, typer.Option(help="Folder of runs.")]
 Results = Annotated[str, typer.Option(help="Folder of results.")]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
@@ -30,7 +32,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")],
+    study: StudyName,
     data: Annotated[str | None, typer.Option(help="Folder of the study's data set.")] = None,
     jobs: Annotated[
         int | None,
@@ -39,7 +41,7 @@ def reproduce(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:0,cuda:1 …; default: the GPUs that are there.")
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Only runs with one of these (a,b) in their name.")] = None,
+    only: Only = None,
     adopt: Annotated[bool, typer.Option(help="Take committed results with the same key as finished.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in each run's folder.")] = False,
     runs: Runs = "runs",
@@ -77,10 +79,6 @@ def reproduce(
         )
     if failures:
         raise typer.Exit(1)
-
-
-Only = Annotated[str | None, typer.Option(help="Only runs with one of these (a,b) in their name.")]
-StudyName = Annotated[str, typer.Argument(help="Name of a study, or path of a .yaml file.")]
 
 
 @app.command()
@@ -162,7 +160,7 @@ def studies() -> None:
 
 
 @app.command()
-def status(study: str, runs: Runs = "runs") -> None:
+def status(study: StudyName, runs: Runs = "runs") -> None:
     """Where every run of a study stands."""
     from mlrpl.status import described
     from mlrpl.study import Workplace
@@ -186,7 +184,7 @@ def cost(
 
 @app.command()
 def verify(
-    study: str,
+    study: StudyName,
     retrain: Annotated[
         str | None, typer.Option(help="Also train this run anew on the CPU; compare bit for bit.")
     ] = None,
@@ -204,7 +202,7 @@ def verify(
 
 
 @app.command()
-def cancel(study: str, runs: Runs = "runs") -> None:
+def cancel(study: StudyName, runs: Runs = "runs") -> None:
     """Stop a study's Slurm jobs, or the process that reproduces it here; checkpoints are finished first."""
     from mlrpl.locks import holder
     from mlrpl.slurm import cancel as cancel_jobs

@@ -8,24 +8,26 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlrpl import own_code
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
 
+STUDIES = Path(__file__).parent / "studies"  # that come with the package
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
 
 Whole = Annotated[int, Field(strict=True)]  # 3.000 is no way to write three thousand
 Side = Annotated[Whole, Field(gt=0, le=4096)]  # bounded, so that a slip of the finger does not ask for all memory
 Sides = tuple[Side, Side, Side]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)  # one number: a list of one
+Numbers = Annotated[tuple[Side, ...], Field(min_length=1), Listed]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Listed]
 SLUG = r"^[a-z0-9][a-z0-9._-]*$"
 Slug = Annotated[str, Field(pattern=SLUG)]
 
@@ -59,9 +61,24 @@ class Settings(Model):
     """All that training depends on besides method, data, labelled cases and seed. Defaults: the paper's on LA.
 
     Attributes:
-        batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
+        patch: sides (x, y, z) of what the network sees at a time, in voxels.
+        stride: from one window of a whole volume's prediction to the next, in voxels.
+        augmentation: see `mlrpl.data.patches.Batches`.
+        filters: of the network at full resolution; twice as many each time that the sides are halved.
         normalisation: "batch", as published, predicts with running averages over labelled and unlabelled volumes. With
             very few labelled volumes these averages can fit neither; "instance" needs none.
+        iterations: steps of training, one batch each.
+        batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
+        learning_rate: of stochastic gradient descent, in the first iteration.
+        lr_schedule: how it falls from there, see `mlrpl.training.learning_rate`.
+        momentum: of stochastic gradient descent.
+        weight_decay: of stochastic gradient descent.
+        beta_max: largest weight β of the loss that needs no label.
+        ramp_iterations: until β is there.
+        check_from: iteration from which on the published protocol measures Dice, to keep the best weights.
+        check_every: iterations from one such check to the next.
+        precision: of training; "auto": the fastest that this machine computes right (`mlrpl.precision`).
+        threads: of a run's process.
     """
 
     patch: Sides = (112, 112, 80)
@@ -112,16 +129,10 @@ class Entry(Model):
     variant: Slug
     method: str
     title: str
-    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    labelled: Numbers
     seeds: Seeds | None = None
     settings: dict[str, Any] = {}
     options: dict[str, Any] = {}
-
-    @field_validator("labelled", "seeds", mode="before")
-    @classmethod
-    def listed(cls, value: Any) -> Any:
-        """One number stands for a list of one."""
-        return [value] if isinstance(value, int) else value
 
 
 class PaperFigure(Model):
@@ -173,16 +184,10 @@ class Ablation(Model):
     axis: str
     about: str = ""
     paper_on: str = ""
-    labelled: Annotated[tuple[Side, ...], Field(min_length=1)]
+    labelled: Numbers
     seeds: Seeds | None = None
     settings: dict[str, Any] = {}
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
-
-    @field_validator("labelled", "seeds", mode="before")
-    @classmethod
-    def listed(cls, value: Any) -> Any:
-        """One number stands for a list of one."""
-        return [value] if isinstance(value, int) else value
 
     @field_validator("variants")
     @classmethod
@@ -349,7 +354,7 @@ class Study(Model):
             for entry, ablation in lines:
                 if seed not in (entry.seeds or self.seeds):
                     continue
-                settings = _validated(
+                settings = validated(
                     Settings, {**self.settings.model_dump(), **entry.settings}, f"study {self.name}, {entry.variant}"
                 )
                 if any(step > side for step, side in zip(settings.stride, settings.patch, strict=True)):
@@ -374,9 +379,6 @@ class Study(Model):
                     )
 
 
-KNOWN = list(Study.model_fields | Settings.model_fields | Entry.model_fields | Dataset.model_fields)
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that takes no key twice: the first of them would be lost without a word."""
 
@@ -387,7 +389,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _validated(model: type[M], content: Any, where: str) -> M:
+def validated(model: type[M], content: Any, where: str) -> M:
+    """Settings from what was written.
+
+    Args:
+        model: what they should be.
+        content: as YAML gives it.
+        where: they stand, for the message.
+
+    Raises:
+        StudyError: names the first setting that is wrong, and for one that does not exist the nearest that does.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -395,34 +407,40 @@ def _validated(model: type[M], content: Any, where: str) -> M:
         place = ".".join(str(part) for part in first["loc"]) or "settings"
         said = first["msg"]
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), KNOWN, 1)
+            near = difflib.get_close_matches(str(first["loc"][-1]), _names(model), 1)
             said = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
         more = f" (and {len(others)} more)" if others else ""
         raise StudyError(f"{where}: {place}: {said}{more}") from None
 
 
-def _file(name: str) -> Any:
+def _names(kind: Any) -> set[str]:
+    """Names of all settings in a model, or in the models that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, Model):
+        fields = kind.model_fields
+        inside = (_names(field.annotation) for field in fields.values())
+        return {field.alias or name for name, field in fields.items()}.union(*inside)
+    return set().union(*map(_names, get_args(kind)))
+
+
+def study_file(name: str) -> Path:
+    """Where `load_study` looks for that study; the file need not be there."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    places = (_packaged() / f"{name}.yaml", Path(f"{name}.yaml"))
+    places = (STUDIES / f"{name}.yaml", Path(f"{name}.yaml"))
     return next((place for place in places if place.is_file()), places[0])
 
 
 def is_packaged(name: str) -> bool:
     """Whether `load_study` finds that study in the package."""
-    return Path(str(_file(name))).resolve().parent == Path(__file__).resolve().parent / "studies"
+    return study_file(name).resolve().parent == STUDIES.resolve()
 
 
 def study_names() -> list[str]:
     """Names of the studies that come with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _packaged().iterdir() if f.name.endswith(".yaml"))
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 
-def _packaged() -> Any:
-    return resources.files("mlrpl") / "studies"
-
-
-def _bounded_yaml(file: Any) -> Any:
+def _bounded_yaml(file: Path) -> Any:
     """A file's content; a few lines with aliases of aliases can stand for more than any memory holds."""
     try:
         with file.open("rb") as opened:
@@ -455,15 +473,14 @@ def load_study(name: str) -> Study:
     Raises:
         StudyError: for an unknown name, a file that is no YAML, or settings that are wrong.
     """
-    file = _file(name)
+    file = study_file(name)
     if not file.is_file():
         raise StudyError(
             f"no study {name!r}: choose one of {', '.join(study_names())}, or give the path of a .yaml file"
         )
-    if isinstance(file, Path):
-        own_code.look_in(file.resolve().parent)
+    own_code.look_in(file.resolve().parent)
     content = _bounded_yaml(file)
-    study = _validated(Study, content, f"study file {file.name}")
+    study = validated(Study, content, f"study file {file.name}")
     names = [run.name for run in study.runs()]
     if twice := {n for n in names if names.count(n) > 1}:
         raise StudyError(f"study {study.name}: two runs are named {sorted(twice)[0]}: give them different variants")

@@ -4,7 +4,6 @@ Runs that differ only in seed, labelled cases or fold take the same time, so one
 is what is small beside the rest: distances of the test cases, notebooks and the report.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ import torch
 
 from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
+from mlrpl.devices import device_name, find_device
 from mlrpl.evaluation import SELECTIONS, predict_case
-from mlrpl.inference import window_starts
+from mlrpl.inference import count_windows
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.provenance import device_name
 from mlrpl.study import Job, Workplace, chosen, pending
-from mlrpl.training import Trainer, check_cases, find_device
+from mlrpl.training import Trainer, check_cases
 from mlrpl.words import counted, duration
 
 STEPS, SECONDS = 3, 5.0  # at least so many steps, for at least so long
@@ -122,14 +121,14 @@ def _step_seconds(step: Callable[[int], object], device: torch.device) -> float:
 def _windows(store: Store, cases: list[str], method: Method) -> int:
     settings = method.settings
     shapes = {case["id"]: case["shape"] for case in store.index["cases"]}
-    return sum(math.prod(map(len, window_starts(shapes[case], settings.patch, settings.stride))) for case in cases)
+    return sum(count_windows(shapes[case], settings.patch, settings.stride) for case in cases)
 
 
 def _window_seconds(
     method: Method, case: Case, outputs: tuple[str, ...], device: torch.device, precision: Precision
 ) -> float:
     settings = method.settings
-    windows = math.prod(map(len, window_starts(case.image.shape[1:], settings.patch, settings.stride)))
+    windows = count_windows(case.image.shape[1:], settings.patch, settings.stride)
     if device.type == "cuda":  # cuDNN tries its algorithms at the first batch of each size
         predict_case(method, case, outputs, device, precision)
     return seconds(lambda: predict_case(method, case, outputs, device, precision), device) / windows

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlrpl.components import keep_largest
 from mlrpl.config import Run
 from mlrpl.data import Case, Store
 from mlrpl.files import atomic
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
+from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE

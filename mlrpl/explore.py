@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mlrpl.config import study_names
 from mlrpl.data import Case
+from mlrpl.devices import find_device
 from mlrpl.drawing import (
     add_legend,
     class_colour,
@@ -44,7 +45,7 @@ from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.reliability import entropy, weigh
 from mlrpl.study import Job, Workplace, one_a_key
 from mlrpl.tables import case_dice, measures
-from mlrpl.training import find_device, load, make_method
+from mlrpl.training import load, make_method
 
 DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442")  # the surer decoder: 1, 2, 3 …
 DISAGREE_COLOUR = "#CC79A7"

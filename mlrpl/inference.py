@@ -6,7 +6,7 @@ are held for the planes of one patch, so that a CT of 512³ voxels is predicted 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from math import ceil
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -101,6 +101,11 @@ def window_starts(size: Sequence[int], patch: Sequence[int], stride: Sequence[in
     if not len(patch) == len(stride) == len(size) or not all(0 < s <= p for s, p in zip(stride, patch, strict=True)):
         raise StudyError(f"windows of {tuple(patch)} at a stride of {tuple(stride)} leave gaps: take strides 1 … patch")
     return [_starts(max(n, p), p, s) for n, p, s in zip(size, patch, stride, strict=True)]
+
+
+def count_windows(size: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> int:
+    """How many windows a volume takes; raises what `window_starts` raises."""
+    return prod(map(len, window_starts(size, patch, stride)))
 
 
 def _moved_on(sums: Tensor, planes: int) -> Tensor:

@@ -8,6 +8,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 
 from mlrpl.errors import StudyError
+from mlrpl.masks import bounding_box
 
 CROWDED = 0.08  # share of surface voxels above which a distance transform is faster than a tree
 
@@ -45,7 +46,7 @@ def case_metrics(
             f"spacing {tuple(spacing)} is wrong: give one positive number for each of {prediction.ndim} axes"
         )
 
-    box = _bounding_box(prediction | reference)
+    box = bounding_box(prediction | reference)
     if box is None:
         return {"dice": 1.0, "jaccard": 1.0, "hd95": np.nan, "asd": np.nan}
     prediction, reference = prediction[box], reference[box]
@@ -59,17 +60,6 @@ def case_metrics(
     forth = _distances(predicted_surface, reference_surface, spacing)
     back = _distances(reference_surface, predicted_surface, spacing)
     return overlap | {"hd95": float(np.percentile(np.concatenate([forth, back]), 95)), "asd": float(forth.mean())}
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box that holds every foreground voxel; None if there is none."""
-    box = []
-    for axis in range(mask.ndim):
-        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        if not occupied.size:
-            return None
-        box.append(slice(occupied[0], occupied[-1] + 1))
-    return tuple(box)
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:

@@ -37,6 +37,10 @@ class Precision:
         """Whether autocast is on."""
         return self.name != "float32"
 
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """What scales the loss, so that its gradients are not lost in float16; it does nothing in other precisions."""
+        return torch.amp.GradScaler(device.type, enabled=self.name == "float16")
+
 
 @contextmanager
 def exact() -> Iterator[None]:

@@ -6,24 +6,24 @@ Memory stays at a few volumes: windows are summed slab by slab, and class after 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlrpl.components import keep_largest
 from mlrpl.data import Store
-from mlrpl.data.grid import check_same_grid, other_voxels
+from mlrpl.data.grid import other_voxels
 from mlrpl.data.preparation import Prepared
-from mlrpl.data.volumes import ENDINGS, ending, read_volume, without_ending, write_nifti
+from mlrpl.data.volumes import ENDINGS, ending, read_channels, without_ending, write_nifti
 from mlrpl.errors import StudyError
-from mlrpl.inference import sliding_slabs, window_starts
+from mlrpl.inference import count_windows, sliding_slabs
+from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load, make_method
+from mlrpl.words import slug
 
 DATA_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")  # nothing is to be written over there
 NOTICE = "For research, not for diagnosis."
@@ -55,7 +55,10 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Image:
-    """An image to predict: a name for its files, and the files of its channels (or one file, or one DICOM folder)."""
+    """An image to predict: a name for its files, and the files of its channels, which lie in one folder.
+
+    One file may hold all channels; a DICOM folder stands for a file.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -70,8 +73,11 @@ def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
     file = re.fullmatch(r"(.+\.ya?ml)(?:/(.+))?", run)
     study, _, name = run.partition("/") if not file else (file[1], "", file[2] or "")
     place = Workplace(study, runs)
-    if place.study.dataset.step > 1:
-        raise StudyError(f"study {place.study.name} learned from every second voxel; predict with one of step: 1")
+    if (step := place.study.dataset.step) > 1:
+        raise StudyError(
+            f"study {place.study.name} learned from images with voxels left out (step: {step}); "
+            "predict with one of step: 1"
+        )
     jobs = _named(place, name)
     if waiting := [job.run.name for job in jobs if not job.finished("train")]:
         raise StudyError(
@@ -130,7 +136,7 @@ def find_images(given: Iterable[Path], channels: int) -> list[Image]:
     images += _by_channel(files, channels)
     names = [image.name for image in images]
     for image in images:
-        if names.count(image.name) > 1 or len(image.files) > max(channels, 1):
+        if names.count(image.name) > 1:
             raise StudyError(f"{image.files[0].name}: two images would be named '{image.name}'; predict them apart")
     if not images:
         raise StudyError("no image is given")
@@ -209,7 +215,7 @@ def predict_image(
         keep_largest(files[image.name], len(classes))
     paths = [output / f"{image.name}.nii.gz"]
     write_nifti(paths[0], files[image.name], geometry)
-    slugs = [_slug(name) for name in classes]
+    slugs = [slug(name) for name in classes]
     alone = len(set(slugs)) == len(slugs)
     wanted = {f"probability_{slugs[c] if alone else c}": c for c in range(1, len(classes)) if probabilities}
     wanted |= {"disagreement": len(classes)} if disagreement else {}
@@ -220,13 +226,8 @@ def predict_image(
 
 
 def _prepare(ensemble: Ensemble, image: Image) -> Prepared:
-    volumes = [read_volume(path.parent, path.name) for path in image.files]
-    name, (_, geometry) = image.files[0].name, volumes[0]
-    for path, (array, other) in zip(image.files[1:], volumes[1:], strict=True):
-        if array.shape[1:] != volumes[0][0].shape[1:]:
-            raise StudyError(f"{path.name}: its shape is not that of {name}; export all channels on the same grid")
-        check_same_grid(path.name, other, name, geometry)
-    array = np.concatenate([array for array, _ in volumes]) if len(volumes) > 1 else volumes[0][0]
+    name = image.files[0].name
+    array, geometry = read_channels(image.files[0].parent, [path.name for path in image.files])
     if len(array) != ensemble.store.channels:
         raise StudyError(f"{name}: {len(array)} channels, but {ensemble.name} learned from {ensemble.store.channels}")
     if not np.isfinite(array).all():
@@ -238,7 +239,7 @@ def _slabs(
     ensemble: Ensemble, prepared: Prepared, outputs: tuple[str, ...], watch: Progress | None
 ) -> Iterable[tuple[int, Tensor]]:
     settings, device = ensemble.methods[0][0].settings, ensemble.device
-    total = prod(map(len, window_starts(prepared.image.shape[1:], settings.patch, settings.stride)))
+    total = count_windows(prepared.image.shape[1:], settings.patch, settings.stride)
     done = 0
 
     def predict(windows: Tensor) -> Tensor:
@@ -273,10 +274,6 @@ def _restored_labels(
             found[higher] = c
             np.maximum(best, restored, out=best)
     return found
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def predict(

@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -27,18 +28,22 @@ def tune(device: torch.device) -> None:
         keep_freed_memory()
 
 
-def keep_freed_memory() -> bool:
-    """From now on this process keeps the memory that it frees; False where the C library has no such setting.
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps the memory that it frees, where the C library is glibc.
 
     A step allocates and frees the same large maps again and again. glibc's malloc gives them back to the system at
     once, and every page is then faulted in and zeroed anew: a fifth of a step's CPU time. The peak grows by fragments
     alone, and by few in an environment with `MALLOC`.
     """
-    try:
+    with suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MXFAST, 0))
+        for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_MXFAST, 0)):
+            mallopt(setting, value)
 
 
 def import_jsonschema() -> None:

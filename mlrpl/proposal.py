@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mlrpl.data.decathlon import Decathlon, DecathlonOptions, read_channels
-from mlrpl.data.grid import Geometry, to_patient_axes
+from mlrpl.data.decathlon import Decathlon, DecathlonOptions
+from mlrpl.data.grid import to_patient_axes
 from mlrpl.data.prepare import check
-from mlrpl.data.source import Entry, Raw
+from mlrpl.data.source import Raw
 from mlrpl.errors import StudyError
-from mlrpl.files import atomic, read_json
+from mlrpl.files import read_json, write_text
 from mlrpl.networks import STRIDE
 
 VOXELS = {"cpu": 64 * 64 * 32, "cuda": 96**3}  # of a patch: what memory and patience allow
@@ -54,20 +54,21 @@ def look(root: Path, progress: Callable[[int, int], None] | None = None) -> Foun
     holders: dict[int, list[str]] = {0: []}  # of each value of the labels, the cases
     labelled = {"train": 0, "test": 0}
     for done, entry in enumerate(reader.entries, start=1):
-        try:
-            raw, geometry = _read(reader, entry, count)
+        try:  # checked as preparing it will check it
+            image, geometry, label = reader.read_files(entry)
+            check(Raw(image, label), entry, reader.channels, count)
         except StudyError as error:
             problems.append(str(error))
             continue
-        turned, place = to_patient_axes(raw.image, geometry)
+        turned, place = to_patient_axes(image, geometry)
         spacings.append(place["spacing"])
         sizes.append(turned.shape[1:])
-        if raw.label is not None:
+        if label is not None:
             labelled[entry.split] += 1
-            for value in np.unique(raw.label).astype(int).tolist():
+            for value in np.unique(label).astype(int).tolist():
                 holders.setdefault(value, []).append(entry.id)
-            if entry.split == "train" and raw.label.any():
-                inside.append(_sampled(raw.image, raw.label))
+            if entry.split == "train" and label.any():
+                inside.append(_sampled(image, label))
         if progress:
             progress(done, len(reader.entries))
     if not inside:
@@ -91,17 +92,6 @@ def look(root: Path, progress: Callable[[int, int], None] | None = None) -> Foun
         sizes=np.array(sizes),
         windows=_windows(root, inside, reader.channels),
     )
-
-
-def _read(reader: Decathlon, entry: Entry, classes: int) -> tuple[Raw, Geometry]:
-    """A case as its files hold it, checked as preparing it will check it."""
-    labelled = entry.files[-1].startswith("labels")
-    names = entry.files[:-1] if labelled else entry.files
-    image, geometry = read_channels(reader.root, names)
-    label = reader.read_label(entry.files[-1], names[0], image, geometry) if labelled else None
-    raw = Raw(image, label)
-    check(raw, entry, reader.channels, classes)
-    return raw, geometry
 
 
 def _sampled(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,6 +217,5 @@ def write_study(name: str, root: Path, device: str, progress: Callable[[int, int
         raise StudyError(f"{root}: no such folder; give the folder that holds imagesTr and labelsTr")
     text = propose(name, look(root, progress), device)
     path = Path(f"{name}.yaml")
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path

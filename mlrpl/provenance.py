@@ -56,16 +56,6 @@ def _cpu_flags() -> set[str]:
     return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the widest vector instructions that PyTorch uses: "CPU: … (AVX2)".
-
-    One model name stands for processors with different instructions, which differ in speed and in a result's last bits.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU: {processor()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
 def environment() -> dict[str, Any]:
     """Commit, Python, packages and system."""
     versions = {}

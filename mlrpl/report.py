@@ -24,9 +24,10 @@ from pygments.formatters import HtmlFormatter
 
 from mlrpl.drawing import DPI, SCREEN
 from mlrpl.errors import StudyError
-from mlrpl.files import atomic
+from mlrpl.files import write_text
 from mlrpl.process import import_jsonschema
 from mlrpl.tables import two_decimals
+from mlrpl.words import slug
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -153,9 +154,7 @@ def write_home(destination: Path, *, title: str, lead: str, entries: Sequence[En
 
 
 def _write(destination: Path, template: str, **values: object) -> None:
-    page = _environment().get_template(template).render(**values)
-    with atomic(destination) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(destination, _environment().get_template(template).render(**values))
 
 
 @cache
@@ -168,7 +167,7 @@ def _environment() -> Environment:
         "cell": _cell,
         "data_uri": _data_uri,
         "screen_width": _screen_width,
-        "slug": _slug,
+        "slug": slug,
     }
     environment.globals |= {
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
@@ -226,11 +225,6 @@ def _screen_width(path: Path) -> int:
         with Image.open(path) as picture:
             inches = picture.width / DPI
     return round(inches * SCREEN)
-
-
-def _slug(heading: str) -> str:
-    """The part of a link that names a heading."""
-    return re.sub(r"\W+", "-", heading.lower()).strip("-")
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:

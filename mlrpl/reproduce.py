@@ -13,7 +13,7 @@ import numpy as np
 from mlrpl import tables
 from mlrpl.comparison import headline
 from mlrpl.config import is_packaged, study_names
-from mlrpl.data_report import SPLITS
+from mlrpl.devices import parse_device
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import IDENTITY
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
@@ -21,10 +21,9 @@ from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.results import Results, collect
 from mlrpl.slurm import Resources, minutes, one_device, submit
-from mlrpl.steps import counting_bar
+from mlrpl.steps import prepare_cases, tell_split
 from mlrpl.study import Job, Workplace, pending
 from mlrpl.study_report import report_notebooks, write_report
-from mlrpl.training import name_device
 from mlrpl.words import counted, duration
 from mlrpl.workers import WORKER_LOG, last_line, run_all, usual_jobs
 
@@ -87,7 +86,7 @@ def reproduce(
         one_device(device)
     place = Workplace(study, runs, results, data)
     for name in device.split(",") if device and not slurm else ():  # a node that only queues may have no GPU
-        name_device(name)
+        parse_device(name)
     _check_writable(place)
     with locked(place.runs, f"study {place.study.name}: another process is reproducing it in {place.root}/"):
         return _reproduce(place, jobs, device, only, adopt, tensorboard, slurm, report_only, started)
@@ -107,8 +106,7 @@ def _reproduce(
     print(f"Study {place.study.name}: {place.study.title}", flush=True)
     for folder in (place.runs, place.results, *place.results.glob("*/")):
         remove_temporary(folder)
-    with counting_bar("  preparing cases", "case") as show:
-        store = place.store = place.prepare(show)
+    store = prepare_cases(place)
     committed = Results.load(place.results)
     _check_name(place, committed)
     elsewhere = _other_results(place) if adopt else {}
@@ -118,8 +116,7 @@ def _reproduce(
     todo = list(pending(place, only, set(adopted)))
     runs = counted(len({job.key for job in place.jobs}), "run")
     print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
-    if store.index["split"] == "seeded" and store.ids("test"):
-        print(f"  the split is {SPLITS['seeded']}")
+    tell_split(store)
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")
     for folder in dict.fromkeys(adopted.values()):
@@ -165,7 +162,7 @@ def _reproduce(
 
 
 def _usual_device() -> str:
-    kind = name_device().type
+    kind = parse_device().type
     return "cpu, since PyTorch finds no GPU that it can use" if kind == "cpu" else kind
 
 

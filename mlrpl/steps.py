@@ -16,6 +16,7 @@ from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.data.grid import other_voxels
 from mlrpl.data_report import SPLITS
+from mlrpl.devices import find_device, parse_device
 from mlrpl.errors import StudyError
 from mlrpl.files import remove_temporary
 from mlrpl.locks import holder, locked
@@ -23,7 +24,7 @@ from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import have_sides, write_study
 from mlrpl.results import Results, collect
 from mlrpl.study import Job, Workplace, chosen
-from mlrpl.training import find_device, name_device, progress_bar
+from mlrpl.training import progress_bar
 from mlrpl.words import counted
 
 
@@ -46,7 +47,7 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
         if not re.match(SLUG, name):
             raise StudyError(f"{name!r} cannot be a study's name: take small letters, digits, - and _, as in 'mine'")
         with counting_bar("looking at the images", "case") as show:
-            path = write_study(name, Path(source), hardware or name_device().type, show)
+            path = write_study(name, Path(source), hardware or parse_device().type, show)
         print(f"Wrote {path}: the proposed study. Look at it, and edit it before training.")
     place = Workplace(name, runs, data=source)
     for folder in place.runs.glob("*-????????"):
@@ -55,12 +56,11 @@ def prepare_study(name: str, source: str | None, runs: str, hardware: str | None
                 f"study {place.study.name}: process {owner.pid} on {owner.host} is at {folder.name}; "
                 "wait for it or stop it before the cases are prepared anew"
             )
-    store = _prepared(place)
+    store = prepare_cases(place)
     cases = store.index["cases"]
     labelled = sum(case["has_label"] for case in cases)
     print(f"{store.name}: {len(cases)} cases, {labelled} with a label; classes: {', '.join(store.classes)}")
-    if store.index["split"] == "seeded" and store.ids("test"):
-        print(f"  the split is {SPLITS['seeded']}")
+    tell_split(store)
     for each in store.index["rejected"]:
         print(f"  left out: {each['problem']}")
     for advice in _advice(place):
@@ -96,16 +96,23 @@ def _advice(place: Workplace) -> Iterator[str]:
         yield f"{counted(len(stale), 'trained run')} of other data or settings than now; mlrpl train makes new ones"
 
 
-def _prepared(place: Workplace) -> Store:
+def prepare_cases(place: Workplace) -> Store:
+    """Make a study's case store, or open the one that is there, with a bar."""
     with counting_bar("preparing", "case") as show:
         place.store = place.prepare(show)
     return place.store
 
 
+def tell_split(store: Store) -> None:
+    """Say so where the split was drawn from a seed."""
+    if store.index["split"] == "seeded" and store.ids("test"):
+        print(f"  the split is {SPLITS['seeded']}")
+
+
 def cost_study(name: str, data: str | None, only: str | None, device: str | None, runs: str) -> list[cost.Cost]:
     """Measure what each run of a study takes here, and print it line by line as it is known."""
     place = Workplace(name, runs, data=data)
-    _prepared(place)
+    prepare_cases(place)
     print(cost.HEAD)
     found = []
     for each in cost.costs(place, only, device):

@@ -24,15 +24,16 @@ from typing import Any
 import pandas as pd
 
 from mlrpl import own_code
-from mlrpl.config import Run, Study, load_study
+from mlrpl.config import Run, Study, load_study, study_file
 from mlrpl.data import Store, prepare
+from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import SELECTIONS, evaluate
 from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, build, find_method, result_version
-from mlrpl.training import Progress, Trainer, find_device, load, make_method, split_training
+from mlrpl.training import Progress, Trainer, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
 EVALUATION_VERSION = 3  # raise when evaluation changes what it writes
@@ -103,7 +104,7 @@ class Workplace:
     def __init__(self, study: str, runs: str = "runs", results: str = "results", data: str | None = None) -> None:
         self.given = relative(study)
         self.study: Study = load_study(study)
-        self.beside = own_code.folders[0]  # the study's file: where methods of one's own are found
+        self.beside = study_file(study).resolve().parent  # the study's file: where methods of one's own are found
         self.root = Path(relative(runs))
         self.runs = self.root / self.study.name
         self.results = Path(relative(results)) / self.study.name

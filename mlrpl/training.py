@@ -14,7 +14,6 @@ import io
 import math
 import os
 import random
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from mlrpl import audit
 from mlrpl.config import Run
 from mlrpl.data import Ahead, Batch, Batches, Store
+from mlrpl.devices import device_name, peak_memory_mb
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import check_dice
 from mlrpl.files import atomic, write_json
@@ -42,9 +42,8 @@ from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.optimisation import Optimisation, make_optimizer, restore, set_rate
 from mlrpl.precision import Precision, choose_precision
 from mlrpl.process import tune
-from mlrpl.provenance import device_name, environment
+from mlrpl.provenance import environment
 from mlrpl.rehearsal import check_signature, rehearse, signature
-from mlrpl.words import counted
 
 LOG_COLUMNS = (
     "iteration",
@@ -73,41 +72,6 @@ class Progress:
     loss: float
     dice: float
     seconds_left: float
-
-
-def name_device(name: str | None = None) -> torch.device:
-    """The device of that name; by default a GPU where there is one. It is not touched: a GPU may be another's alone.
-
-    Raises:
-        StudyError: for a name that PyTorch does not know, or a GPU that is not there.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise _unusable(name, error) from None
-    # PyTorch takes 999 for -25.
-    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        found = counted(torch.cuda.device_count(), "GPU")
-        raise StudyError(f"device {name!r} cannot be used: PyTorch finds {found} here")
-    return device
-
-
-def find_device(name: str | None = None) -> torch.device:
-    """As `name_device`, and it was tried.
-
-    Raises:
-        StudyError: for a device that cannot be used.
-    """
-    device = name_device(name)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise _unusable(name or str(device), error) from None
-    return device
-
-
-def _unusable(name: str | None, error: Exception) -> StudyError:
-    return StudyError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Generator:
@@ -308,8 +272,6 @@ class Trainer:
         self.peak_memory_mb = 0
         self.began_with = {**environment(), "device": device_name(device)}
         self.continued_with: list[dict[str, Any]] = []
-        self.precision = Precision("float32")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._resume()
         if compilation_pays(device, run.settings.iterations - self.iteration):
             self.method.compile_parts()
@@ -329,7 +291,6 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        requested = self.run.settings.precision
         if path.exists():
             state = load(path, self.device)
             if not isinstance(state, dict) or state.get("key") != self.key:
@@ -344,18 +305,18 @@ class Trainer:
                     "delete it and run again"
                 ) from None
         else:
-            volumes = sum(self.batches.sizes)
+            settings, volumes = self.run.settings, sum(self.batches.sizes)
             self.precision = choose_precision(
-                requested, self.method.network, self.run.settings.patch, volumes, self.device, self.store.channels
+                settings.precision, self.method.network, settings.patch, volumes, self.device, self.store.channels
             )
+            self.scaler = self.precision.scaler(self.device)
         if not self.precision.reduced:
             torch.backends.cudnn.allow_tf32 = False  # which PyTorch would take for a GPU's convolutions
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "float16")
-        if path.exists():
-            self.scaler.load_state_dict(state["scaler"])
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.precision = Precision(state["precision"], state["reason"])
+        self.scaler = self.precision.scaler(self.device)
+        self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         restore(self.optimizer, state["optimizer"])
         self.iteration, self.best, self.seconds = state["iteration"], state["best"], state["seconds"]
@@ -533,18 +494,3 @@ def progress_bar(run: Run) -> Iterator[Callable[[Progress], None]]:
             bar.set_postfix(loss=f"{progress.loss:.3f}", dice=f"{progress.dice:.2f}")
 
         yield watch
-
-
-def peak_memory_mb(device: torch.device) -> int:
-    """Largest memory of this process (CPU) or of PyTorch on the GPU so far, in MB.
-
-    Linux's own account is read first: getrusage's also holds what the process that started this one had.
-    """
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(kilobytes * 1024 / 1e6)

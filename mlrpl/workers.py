@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mlrpl.devices import parse_device, share_devices
 from mlrpl.files import read_json
-from mlrpl.process import MALLOC
+from mlrpl.process import MALLOC, cpu_count
 from mlrpl.study import Job, Workplace
-from mlrpl.training import name_device
 from mlrpl.words import duration
 
 WORKER_LOG = "worker.log"
@@ -59,7 +59,7 @@ def run_all(
     """
     waiting, working, failures = list(jobs), [], {}
     devices = share_devices(device, max(at_once, 1))
-    slots = list(range(max(at_once, 1)))
+    slots = list(range(len(devices)))
     try:
         while waiting or working:
             while waiting and slots:
@@ -111,23 +111,9 @@ def usual_jobs(device: str | None, threads: int) -> int:
         threads: of a run.
     """
     named = device.split(",") if device else []
-    if name_device(named[0] if named else None).type == "cuda":
+    if parse_device(named[0] if named else None).type == "cuda":
         return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, MOST_JOBS))
-
-
-def share_devices(device: str | None, at_once: int) -> list[str | None]:
-    """The device of each of the runs that go on at a time: every GPU in turn where none or just "cuda" is asked for.
-
-    Args:
-        device: as typed; several may be named, separated by commas.
-        at_once: runs at a time.
-    """
-    given: list[str | None] = list(device.split(",")) if device else [None]
-    if given in ([None], ["cuda"]) and (count := torch.cuda.device_count()) > 1:
-        given = [f"cuda:{number}" for number in range(count)]
-    return [given[slot % len(given)] for slot in range(at_once)]
+    return max(1, min(cpu_count() // threads, MOST_JOBS))
 
 
 def command_line(command: str, place: Workplace, *arguments: str) -> list[str]:

@@ -84,7 +84,7 @@ def test_the_cost_of_a_method_counts_teachers_and_perturbed_passes():
 def test_peak_memory_of_a_process_is_its_own():
     """getrusage would tell what this process held when it started the other one."""
     large = np.ones(150_000_000)
-    code = "import torch; from mlrpl.training import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+    code = "import torch; from mlrpl.devices import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < large.nbytes / 1e6
 

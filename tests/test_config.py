@@ -79,6 +79,18 @@ def test_runs_come_seed_by_seed_in_the_studys_order(written):
     ]  # fmt: skip
 
 
+def test_one_number_stands_for_a_list_of_one(written):
+    variants = [{"variant": "wr", "title": "WR"}, {"variant": "all", "title": "All", "options": {"selection": "all"}}]
+    ablation = {"name": "parts", "title": "Parts", "axis": "part", "labelled": 3, "seeds": 5, "variants": variants}
+    study = load_study(written(seeds=2, ablations=[ablation]))
+    assert study.seeds == (2,)
+    assert [entry.labelled for entry in study.entries] == [(2, 4), (2,)]
+    assert (study.ablations[0].labelled, study.ablations[0].seeds) == ((3,), (5,))
+    assert "seeds.0: Input should be greater than or equal to 0" in complaint(written(seeds=-1))
+    line = {**RUNS[0], "seeds": [0, -1]}
+    assert "runs.0.seeds.1: Input should be greater than or equal to 0" in complaint(written(runs=[line]))
+
+
 def test_a_lines_own_settings_replace_the_studys(written):
     entry = {"variant": "control", "method": "mlrpl", "title": "Control", "labelled": 2, "settings": {"beta_max": 0}}
     mlrpl, _, vnet, control = load_study(written(runs=[*STUDY["runs"], entry])).runs()
@@ -125,6 +137,7 @@ RUNS = STUDY["runs"]
     ({"runs": []}, "runs: Tuple should have at least 1 item"),
     ({"runs": [{**RUNS[0], "labelled": []}]}, "runs.0.labelled: Tuple should have at least 1 item"),
     ({"runs": [{**RUNS[0], "labelled": 0}]}, "runs.0.labelled.0: Input should be greater than 0"),
+    ({"run": []}, "run: there is no such setting, did you mean runs?"),
     ({"runs": [{**RUNS[0], "setting": {}}]}, "runs.0.setting: there is no such setting, did you mean settings?"),
     ({"runs": [{**RUNS[0], "settings": {"beta": 1}}]}, "mlrpl: beta: there is no such setting, did you mean beta_max?"),
     ({"settings": {"iterations": 3.0}}, "settings.iterations: Input should be a valid integer"),

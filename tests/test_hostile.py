@@ -27,7 +27,6 @@ from mlrpl.config import load_study, study_names
 from mlrpl.data.bounds import check_nrrd
 from mlrpl.data.decathlon import Decathlon
 from mlrpl.data.la import PREPARED, LeftAtrium
-from mlrpl.data.prepare import parse_options
 from mlrpl.data.volumes import read_nifti
 from mlrpl.errors import StudyError
 from mlrpl.memory import require
@@ -235,7 +234,7 @@ def hdf5(folder: Path, make) -> LeftAtrium:
             else:
                 file["label"] = np.zeros((4, 4, 4), np.uint8)
                 make(file)
-    return LeftAtrium(parse_options(LeftAtrium, "la", {}), folder)
+    return LeftAtrium(LeftAtrium.Options(), folder)
 
 
 def chunked(file: h5py.File) -> None:
@@ -284,7 +283,7 @@ def test_lists_name_cases_that_are_there_and_nothing_else(tmp_path, name):
     hdf5(tmp_path, lambda file: file.create_dataset("image", data=np.zeros((4, 4, 4), "f4")))
     (tmp_path / "train.list").write_text(f"case1\n{name}\n", encoding="utf-8")
     (tmp_path / "test.list").write_text("case2\n")
-    message = refused_in_one_line(LeftAtrium, parse_options(LeftAtrium, "la", {}), tmp_path)
+    message = refused_in_one_line(LeftAtrium, LeftAtrium.Options(), tmp_path)
     assert message.startswith("train.list names case ")
 
 
@@ -295,7 +294,7 @@ def test_cases_with_odd_names_are_read(tmp_path, name):
         for case in ("plain", name):
             nifti(tmp_path / folder / f"{case}.nii")
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "b", "1": "a"}, "modality": {"0": "MRI"}}')
-    source = Decathlon(parse_options(Decathlon, "decathlon", {"test": 1}), tmp_path)
+    source = Decathlon(Decathlon.Options(test=1), tmp_path)
     assert {entry.id for entry in source.entries} == {"plain", name}
 
 

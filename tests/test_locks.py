@@ -14,9 +14,10 @@ import torch
 from filelock import FileLock
 
 from mlrpl import locks, workers
+from mlrpl.devices import share_devices
 from mlrpl.errors import StudyError
 from mlrpl.locks import holder, locked
-from mlrpl.workers import run_all, share_devices, usual_jobs
+from mlrpl.workers import run_all, usual_jobs
 
 
 def hold(folder: Path, ready) -> None:

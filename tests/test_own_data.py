@@ -13,9 +13,10 @@ from test_raw import write
 
 from mlrpl import cli, reproduce, verify
 from mlrpl.comparison import case_views
-from mlrpl.config import Study, load_study
+from mlrpl.config import Study, load_study, validated
 from mlrpl.data import open_store
 from mlrpl.data.decathlon import Decathlon, DecathlonOptions
+from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.locks import locked
@@ -318,6 +319,16 @@ def test_a_proposed_window_knows_nothing_of_test_cases(tmp_path):
     write(root / "labelsTs/z.nii.gz", label)
     found = look(root)
     assert found.tests == 1 and found.windows == alone
+
+
+def test_a_window_may_be_open_at_one_end_and_has_a_width():
+    image = np.linspace(-1000, 1000, 4**3).reshape(1, 4, 4, 4)
+    open_window = Preparation.model_validate({"channels": [{"low": -np.inf, "high": 0}]})
+    expected = Preparation(channels=(Window(low=-2000, high=0),))
+    np.testing.assert_array_equal(open_window.normalise(image, "x"), expected.normalise(image, "x"))
+    for low in (0, 1, np.nan):
+        with pytest.raises(StudyError, match="must be below high 0"):
+            validated(Window, {"low": low, "high": 0}, "here")
 
 
 def test_corrected_files_of_the_same_size_are_prepared_again(tmp_path, monkeypatch):

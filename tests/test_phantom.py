@@ -82,7 +82,12 @@ def test_sizes_are_an_option(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"cases": 3}, "cases"), ({"train": 0}, "train"), ({"size": [64, 64]}, "size"), ({"size": [64, 64, -1]}, "size")],
+    [
+        ({"trian": 3}, "options of source 'phantom': trian: there is no such setting, did you mean train"),
+        ({"train": 0}, "train"),
+        ({"size": [64, 64]}, "size"),
+        ({"size": [64, 64, -1]}, "size"),
+    ],
 )
 def test_wrong_options_are_named(options, named, tmp_path):
     dataset = SimpleNamespace(name="x", source="phantom", options=options, step=1)

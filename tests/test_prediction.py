@@ -12,11 +12,11 @@ from test_raw import OBLIQUE, write, write_series
 
 import mlrpl
 from mlrpl import prediction
-from mlrpl.components import keep_largest
 from mlrpl.config import Settings
 from mlrpl.data.grid import from_patient_axes, to_patient_axes
 from mlrpl.data.preparation import Preparation, Window
 from mlrpl.errors import StudyError
+from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
 from mlrpl.prediction import Ensemble, Image, find_images, open_ensemble, predict, predict_image
@@ -254,6 +254,11 @@ def test_a_variant_of_several_runs_is_answered_with_their_names(tmp_path):
         open_ensemble(f"{tmp_path}/s.yaml/mlrpl", str(tmp_path / "runs"), CPU)
 
 
+def test_a_study_of_images_with_voxels_left_out_does_not_predict(tmp_path):
+    with pytest.raises(StudyError, match=r"voxels left out \(step: 2\); predict with one of step: 1"):
+        open_ensemble("la-half", str(tmp_path), CPU)
+
+
 def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
     (tmp_path / "empty").mkdir()
@@ -271,6 +276,15 @@ def test_what_cannot_be_predicted_is_named_and_leaves_nothing(tmp_path):
         with pytest.raises(StudyError, match=match):
             predict_image(ensemble(Preparation(), 1.0), image, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_channels_of_other_grids_are_refused(tmp_path):
+    one, other = tmp_path / "p_0000.nii.gz", tmp_path / "p_0001.nii.gz"
+    write(one, np.zeros((8, 8, 8), np.float32))
+    for size, spacing, differs in (((8, 8, 9), (1, 1, 1), "shape"), ((8, 8, 8), (1, 1, 2), "spacing")):
+        write(other, np.zeros(size, np.float32), spacing)
+        with pytest.raises(StudyError, match=rf"p_0001.nii.gz: its {differs} \(.*\) is not that of p_0000"):
+            predict_image(ensemble(Preparation(), 1.0), Image("p", (one, other)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("files", "channels", "names"), [

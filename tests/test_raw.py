@@ -13,6 +13,7 @@ import SimpleITK
 from mlrpl.data import prepare
 from mlrpl.data.benchmark import around_label
 from mlrpl.data.dicom import read_dicom
+from mlrpl.data.volumes import read_volume
 from mlrpl.errors import StudyError
 
 STRAIGHT = np.eye(3)
@@ -329,6 +330,17 @@ def test_raw_tumours(tumours, tmp_path):
     assert case.label.sum() == 6 * 4 * 6
     np.testing.assert_allclose([case.image.mean(), case.image.std()], [0, 1], atol=1e-4)
     assert case.image.max() < 2.5
+
+
+def test_a_label_on_another_grid_than_its_image_is_refused(tumours, tmp_path):
+    path = tumours / "HGG/BraTS19_3/BraTS19_3_seg.nii.gz"
+    label, _ = read_volume(path.parent, path.name)
+    for harmed, differs in (
+        ({"array": label[0, 1:]}, "its shape (29, 28, 26) is not that of HGG/BraTS19_3/BraTS19_3_flair.nii.gz, (30, "),
+        ({"array": label[0], "direction": np.diag([-1.0, 1, 1])}, "its direction"),
+    ):
+        write(path, **harmed)
+        refused("brats", tumours, tmp_path / "store", "HGG/BraTS19_3/BraTS19_3_seg.nii.gz", differs)
 
 
 def test_prepared_tumours_with_their_lists(tmp_path):

@@ -23,13 +23,13 @@ import torch
 from mlrpl import training
 from mlrpl.config import Dataset, Run
 from mlrpl.data import Store, open_store, prepare
+from mlrpl.devices import find_device
 from mlrpl.errors import StoppedError, StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.methods.mlrpl import MLRPL
 from mlrpl.training import (
     Trainer,
     check_cases,
-    find_device,
     learning_rate,
     load,
     make_batches,
@@ -582,7 +582,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(store, tmp
     assert (tmp_path / "made").exists()  # it would have
 
 
-@pytest.mark.parametrize("lacking", ["method", "optimizer", "iteration", "reason", "key"])
+@pytest.mark.parametrize("lacking", ["method", "optimizer", "scaler", "iteration", "reason", "key"])
 def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(store, undisturbed, tmp_path, lacking):
     state = load(undisturbed / "checkpoint.pt", CPU)
     training.save(tmp_path / "checkpoint.pt", {name: value for name, value in state.items() if name != lacking})

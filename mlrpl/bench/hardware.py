@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlrpl.bench.timing import seconds
+from mlrpl.devices import device_name
 from mlrpl.files import atomic
 from mlrpl.precision import fastest
-from mlrpl.provenance import device_name, instructions
+from mlrpl.provenance import instructions
 
 MEGABYTE = 2**20
 

@@ -20,18 +20,14 @@ import torch
 
 from mlrpl.bench.timing import seconds
 from mlrpl.bench.works import FLOAT32, Size, make_batch, make_method, yardstick
+from mlrpl.devices import find_device, peak_memory_mb
 from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.networks import Encoder, count_parameters, counted_volumes
 from mlrpl.optimisation import Optimisation, make_optimizer, to_device
 from mlrpl.precision import choose_precision
 from mlrpl.process import MALLOC, tune
-from mlrpl.training import (
-    find_device,
-    peak_memory_mb,
-    seed_iteration,
-    stage,
-)
+from mlrpl.training import seed_iteration, stage
 
 PLAIN = "plain"  # MLRPL in the plain formulation
 SPARE = 1.5e9  # bytes that a measurement leaves to the rest of the machine
@@ -107,7 +103,7 @@ def method_step(
     precision = choose_precision("auto", method.network, size.patch, sum(size.batch), device)
     if compiled:
         method.compile_parts()
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "float16")
+    scaler = precision.scaler(device)
     optimise = Optimisation(method, make_optimizer(method), scaler, precision, device)
     iteration = method.settings.ramp_iterations
     facts: dict[str, Any] = {"precision": precision.name, "parameters": count_parameters(method)}

@@ -15,10 +15,10 @@ from mlrpl.bench.methods import PLAIN, compiled_step, costs
 from mlrpl.bench.page import write_page
 from mlrpl.bench.timing import Work, compare, verdict
 from mlrpl.bench.works import LA, Size, growth, library_window, metrics, mutual_losses, sliding_windows, training_step
+from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic, write_json
 from mlrpl.provenance import environment
-from mlrpl.training import find_device
 
 COSTS = ["method", "seconds", "peak_memory_mb", "parameters", "passes", "volumes", "precision", "note"]
 QUICK = Size((32, 32, 16), 2)

@@ -170,7 +170,7 @@ def training_step(size: Size, device: torch.device, goal: float | None = None) -
     pair = Pair(size, device)
     method, settings = pair.method, pair.method.settings
     optimizer = make_optimizer(method)
-    scaler = torch.amp.GradScaler(device.type, enabled=pair.precision.name == "float16")
+    scaler = pair.precision.scaler(device)
     as_run = Optimisation(method, optimizer, scaler, pair.precision, device)
     plain_optimizer = torch.optim.SGD(pair.plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     batch = make_batch(method, size)

@@ -1,4 +1,4 @@
-"""Work that is done one ahead, in a thread."""
+"""Work that is done ahead, in threads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -15,17 +15,20 @@ import h5py
 import numpy as np
 from pydantic import Field
 
+from mlrpl.config import Model
 from mlrpl.data.bounds import H5_ERRORS, read_h5
+from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Options, Raw, Rejected
-from mlrpl.data.volumes import below
+from mlrpl.data.source import Entry, Raw, Rejected
+from mlrpl.data.volumes import below, read_label, read_volume
 from mlrpl.errors import StudyError
+from mlrpl.masks import bounding_box
 
 LISTS = (".list", ".txt")
 Files = dict[str, tuple[str, ...]]  # of each case, relative to the root
 
 
-class BenchmarkOptions(Options):
+class BenchmarkOptions(Model):
     """`seed` draws the split where there are no list files."""
 
     seed: int = Field(0, ge=0)
@@ -85,6 +88,18 @@ class Benchmark:
             ) from None
         return Raw(image[None].astype(np.float32), label)
 
+    def read_files(self, entry: Entry) -> tuple[np.ndarray, Geometry, np.ndarray]:
+        """Image (channels, x, y, z), its geometry and its label (x, y, z) as the files of a raw case hold them.
+
+        Raises:
+            StudyError: where the label is missing or on another grid, or a file cannot be read.
+        """
+        name, label_name = entry.files
+        if not (self.root / label_name).is_file():
+            raise StudyError(f"{label_name}: not there; complete the case or remove it")
+        image, geometry = read_volume(self.root, name)
+        return image, geometry, read_label(self.root, label_name, name, (image, geometry))
+
     def read_raw(self, entry: Entry) -> Raw:
         """Read and prepare one case as the paper does."""
         raise NotImplementedError
@@ -117,19 +132,17 @@ def around_label(
     Raises:
         StudyError: where the label is empty.
     """
-    box = []
+    if (tight := bounding_box(label)) is None:
+        raise StudyError(f"{name}: the label is empty; replace or remove the case")
+    box = [slice(0, size) for size in label.shape]
     for axis, (before, after) in enumerate(margins):
-        found = np.flatnonzero(label.any(axis=tuple(np.delete(range(3), axis))))
-        if not found.size:
-            raise StudyError(f"{name}: the label is empty; replace or remove the case")
-        size = label.shape[axis]
-        missing = max(least[axis] - (int(found[-1]) + 1 - int(found[0])), 0)
-        start = max(int(found[0]) - before - missing // 2, 0)
-        stop = min(int(found[-1]) + 1 + after + missing - missing // 2, size)
-        start = max(min(start, stop - least[axis]), 0)  # where the border cut one side short, the other one gives
-        stop = min(max(stop, start + least[axis]), size)
-        box.append(slice(start, stop))
-    return (*box, *(slice(0, n) for n in label.shape[len(margins) :]))
+        found, size, side = tight[axis], label.shape[axis], least[axis]
+        missing = max(side - (found.stop - found.start), 0)
+        start = max(found.start - before - missing // 2, 0)
+        stop = min(found.stop + after + missing - missing // 2, size)
+        start = max(min(start, stop - side), 0)  # where the border cut one side short, the other one gives
+        box[axis] = slice(start, min(max(stop, start + side), size))
+    return tuple(box)
 
 
 def drawn(case: str) -> np.random.Generator:

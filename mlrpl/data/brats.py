@@ -14,11 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 from mlrpl.data.benchmark import Benchmark, Files, by_case
-from mlrpl.data.grid import check_same_grid
 from mlrpl.data.preparation import Preparation, nonzero_box
 from mlrpl.data.source import Entry, Raw
-from mlrpl.data.volumes import read_nifti
-from mlrpl.errors import StudyError
 
 IMAGE, LABEL = "_flair.nii", "_seg.nii"
 
@@ -48,14 +45,9 @@ class Brats(Benchmark):
         return replace(raw, label=(raw.label > 0).astype(np.uint8))
 
     def read_raw(self, entry: Entry) -> Raw:
-        name, label_name = entry.files
-        if not (self.root / label_name).is_file():
-            raise StudyError(f"{label_name}: not there; complete the case or remove it")
-        (image, geometry), (label, place) = (read_nifti(self.root, file) for file in entry.files)
-        if label.shape[1:] != image.shape[1:]:
-            raise StudyError(f"{label_name}: its shape is {label.shape[1:]}, but that of {name} is {image.shape[1:]}")
-        check_same_grid(label_name, place, name, geometry)
+        name = entry.files[0]
+        image, geometry, label = self.read_files(entry)
         prepared = self.preparation.apply(image, geometry, name)
         box = nonzero_box(image[0], name)
         cropped, spacing, place = prepared.part(box)
-        return Raw(cropped, (label[0] > 0).astype(np.uint8)[box], spacing, place, prepared.source)
+        return Raw(cropped, (label > 0).astype(np.uint8)[box], spacing, place, prepared.source)

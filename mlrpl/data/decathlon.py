@@ -20,14 +20,15 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from mlrpl.data.grid import Geometry, check_same_grid
+from mlrpl.config import Model
+from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Options, Raw, Rejected
-from mlrpl.data.volumes import NIFTI, channels_of, ending, nifti_files, read_nifti, without_ending
+from mlrpl.data.source import Entry, Raw, Rejected
+from mlrpl.data.volumes import NIFTI, channels_of, ending, nifti_files, read_channels, read_label, without_ending
 from mlrpl.errors import StudyError
 
 
-class DecathlonOptions(Options):
+class DecathlonOptions(Model):
     """What a study may set.
 
     Attributes:
@@ -104,6 +105,19 @@ class Decathlon:
 
     def read(self, entry: Entry) -> Raw:
         """Read one case; StudyError names the file that is cut short or on another grid than the case's first."""
+        image, geometry, label = self.read_files(entry)
+        prepared = self.preparation.apply(image, geometry, entry.files[0])
+        if label is not None:
+            label = self.preparation.label(label, geometry, prepared)
+        whole, spacing, place = prepared.part((slice(None),) * 3)
+        return Raw(whole, label, spacing, place, prepared.source)
+
+    def read_files(self, entry: Entry) -> tuple[np.ndarray, Geometry, np.ndarray | None]:
+        """Image (channels, x, y, z), its geometry and its label (x, y, z), if there is one, as the files hold them.
+
+        Raises:
+            StudyError: where a file cannot be read or is on another grid than the first, or channels are missing.
+        """
         labelled = entry.id in self._labelled
         names = entry.files[:-1] if labelled else entry.files
         image, geometry = read_channels(self.root, names)
@@ -111,25 +125,8 @@ class Decathlon:
             raise StudyError(
                 f"{names[0]}: the image has shape {image.shape}, not ({self.channels}, x, y, z); replace the file"
             )
-        prepared = self.preparation.apply(image, geometry, names[0])
-        label = self.read_label(entry.files[-1], names[0], image, geometry) if labelled else None
-        if label is not None:
-            label = self.preparation.label(label, geometry, prepared)
-        whole, spacing, place = prepared.part((slice(None),) * 3)
-        return Raw(whole, label, spacing, place, prepared.source)
-
-    def read_label(self, name: str, image_name: str, image: np.ndarray, geometry: Geometry) -> np.ndarray:
-        """The label (x, y, z) of an image (channels, x, y, z); StudyError where it is not on the image's grid."""
-        label, other = read_nifti(self.root, name)
-        if label.shape[0] != 1:
-            raise StudyError(f"{name}: the label has {label.shape[0]} channels; it must have one")
-        if label.shape[1:] != image.shape[1:]:
-            raise StudyError(
-                f"{name}: the label has shape {label.shape[1:]} but its image {image.shape[1:]}; "
-                "export both on the same grid"
-            )
-        check_same_grid(name, other, image_name, geometry)
-        return label[0]
+        label = read_label(self.root, entry.files[-1], names[0], (image, geometry)) if labelled else None
+        return image, geometry, label
 
     def _reject(self, case: str, problem: str) -> None:
         """Leave a case out, or refuse the whole where nothing may be left out."""
@@ -179,20 +176,6 @@ class Decathlon:
         return {
             case: (names, [f"labels{part}/{labels[case]}"] if case in labels else []) for case, names in files.items()
         }
-
-
-def read_channels(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, Geometry]:
-    """One image (channels, x, y, z) from a file, or from several with a channel or more each, all on one grid."""
-    volumes = [read_nifti(root, name) for name in names]
-    first, geometry = volumes[0]
-    for name, (array, other) in zip(names[1:], volumes[1:], strict=True):
-        if array.shape != first.shape:
-            raise StudyError(
-                f"{name}: its shape is {array.shape[1:]}, but that of {names[0]} is "
-                f"{first.shape[1:]}; export all channels on the same grid"
-            )
-        check_same_grid(name, other, names[0], geometry)
-    return np.concatenate([array for array, _ in volumes]), geometry
 
 
 def _channels(root: Path, description: Mapping[str, Any]) -> int:

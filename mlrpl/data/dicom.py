@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlrpl.data.grid import Geometry
+from mlrpl.data.grid import Volume, simpleitk
 from mlrpl.errors import StudyError
 
 SERIES, POSITION, ORIENTATION = "0020|000e", "0020|0032", "0020|0037"
@@ -24,10 +24,8 @@ class Slice:
 
 def find_series(folder: Path) -> list[list[Slice]]:
     """The series in a folder and below, those with most slices first; other files are passed over."""
-    import SimpleITK
-
     found: dict[str, list[Slice]] = defaultdict(list)
-    reader = SimpleITK.ImageFileReader()
+    reader = simpleitk().ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(".") or not path.is_file():
@@ -44,7 +42,7 @@ def find_series(folder: Path) -> list[list[Slice]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
-def read_dicom(folder: Path, name: str, slices: int | None = None) -> tuple[np.ndarray, Geometry]:
+def read_dicom(folder: Path, name: str, slices: int | None = None) -> Volume:
     """Volume (x, y, z), float32 after rescale slope and intercept (HU in CT), and geometry of a folder's series.
 
     Args:
@@ -55,8 +53,6 @@ def read_dicom(folder: Path, name: str, slices: int | None = None) -> tuple[np.n
     Raises:
         StudyError: where there is no series or more than one to choose from, or slices are missing, doubled or askew.
     """
-    import SimpleITK
-
     series = find_series(folder)
     if not series:
         raise StudyError(f"{name}: no DICOM image with a position in this folder; give the folder of a series")
@@ -66,11 +62,9 @@ def read_dicom(folder: Path, name: str, slices: int | None = None) -> tuple[np.n
     if len(chosen) > 1:
         raise StudyError(f"{name}: {len(chosen)} series of {len(chosen[0])} slices; give a folder with one of them")
     ordered, step, normal = _ordered(chosen[0], name)
-    reader = SimpleITK.ImageSeriesReader()
+    reader = simpleitk().ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetOutputPixelType(
-        SimpleITK.sitkFloat32
-    )  # a slice may have a fraction as its slope where the first has none
+    reader.SetOutputPixelType(simpleitk().sitkFloat32)  # a slice's slope may be a fraction where the first's is none
     reader.SetFileNames([str(s.path) for s in ordered])
     try:
         volume = reader.Execute()
@@ -82,7 +76,7 @@ def read_dicom(folder: Path, name: str, slices: int | None = None) -> tuple[np.n
         "origin": list(ordered[0].position),
         "direction": np.stack([row, column, normal], axis=1).ravel().tolist(),
     }
-    return SimpleITK.GetArrayFromImage(volume).transpose(), geometry
+    return simpleitk().GetArrayFromImage(volume).transpose(), geometry
 
 
 def _ordered(slices: list[Slice], name: str) -> tuple[list[Slice], float, np.ndarray]:

@@ -5,6 +5,7 @@ DICOM (x to the left, y to the back, z to the head). Arrays are (channels, x, y,
 """
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import SimpleITK
 
 Geometry = dict[str, list[float]]
+Volume = tuple[np.ndarray, Geometry]  # an array and where it lies
 UNUSUAL = 1.25  # sides of voxels
 
 
@@ -28,18 +30,18 @@ def difference(geometry: Mapping[str, list[float]], expected: Mapping[str, list[
     return None
 
 
-def check_same_grid(
-    name: str, geometry: Mapping[str, list[float]], other: str, expected: Mapping[str, list[float]]
-) -> None:
-    """StudyError unless both lie alike in space: a flipped label would train without a word."""
-    if key := difference(geometry, expected):
+def check_same_grid(name: str, volume: Volume, other: str, expected: Volume) -> None:
+    """StudyError unless both are of one size and lie alike in space: a flipped label would train without a word."""
+    mine, theirs = ({"shape": array.shape[1:], **geometry} for array, geometry in (volume, expected))
+    key = "shape" if mine["shape"] != theirs["shape"] else difference(mine, theirs)
+    if key:
         raise StudyError(
-            f"{name}: its {key} {_short(geometry[key])} is not that of {other}, "
-            f"{_short(expected[key])}; export both on the same grid"
+            f"{name}: its {key} {_short(mine[key])} is not that of {other}, {_short(theirs[key])}; "
+            "export both on the same grid"
         )
 
 
-def to_patient_axes(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+def to_patient_axes(array: np.ndarray, geometry: Geometry) -> Volume:
     """The same voxels, axes as near as may be to the patient's left, back and head: permuted and flipped, a view."""
     axes, signs = _axes(geometry)
     direction, spacing = np.reshape(geometry["direction"], (3, 3)), np.array(geometry["spacing"])
@@ -92,24 +94,28 @@ def resample(
         interpolation: "bspline" (order 3), "linear" or "nearest". Outside of the volume, "bspline" and "linear" go on
             with the border's value and "nearest" is 0.
     """
-    import SimpleITK
-
-    kinds = {"bspline": SimpleITK.sitkBSpline, "linear": SimpleITK.sitkLinear, "nearest": SimpleITK.sitkNearestNeighbor}
-    resampler = SimpleITK.ResampleImageFilter()
+    itk = simpleitk()
+    kinds = {"bspline": itk.sitkBSpline, "linear": itk.sitkLinear, "nearest": itk.sitkNearestNeighbor}
+    resampler = itk.ResampleImageFilter()
     resampler.SetInterpolator(kinds[interpolation])
     resampler.SetSize([int(n) for n in size])
     resampler.SetOutputSpacing(target["spacing"])
     resampler.SetOutputOrigin(target["origin"])
     resampler.SetOutputDirection(target["direction"])
     resampler.SetUseNearestNeighborExtrapolator(interpolation != "nearest")
-    return SimpleITK.GetArrayFromImage(resampler.Execute(to_itk(array, geometry))).transpose()
+    return itk.GetArrayFromImage(resampler.Execute(to_itk(array, geometry))).transpose()
+
+
+def simpleitk() -> ModuleType:
+    """SimpleITK, imported where it is first used: training must do without, since clusters may lack it."""
+    import SimpleITK
+
+    return SimpleITK
 
 
 def to_itk(array: np.ndarray, geometry: Geometry) -> "SimpleITK.Image":
     """An ITK image of a volume (x, y, z)."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.transpose()))
+    image = simpleitk().GetImageFromArray(np.ascontiguousarray(array.transpose()))
     image.SetSpacing(geometry["spacing"])
     image.SetOrigin(geometry["origin"])
     image.SetDirection(geometry["direction"])
@@ -130,7 +136,7 @@ def _geometry(spacing: Sequence[float], origin: np.ndarray, direction: np.ndarra
 
 
 def _short(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+    return "(" + ", ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values) + ")"
 
 
 def other_voxels(spacing: Sequence[float] | np.ndarray, usual: Sequence[float] | np.ndarray) -> bool:

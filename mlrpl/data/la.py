@@ -14,11 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 from mlrpl.data.benchmark import Benchmark, Files, around_label, by_case, drawn
-from mlrpl.data.grid import check_same_grid
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.source import Entry, Raw
-from mlrpl.data.volumes import read_volume
-from mlrpl.errors import StudyError
 
 PREPARED, IMAGE, LABEL = "mri_norm2.h5", "lgemri.nrrd", "laendo.nrrd"
 LEAST = (112, 112)  # voxels in x and y: the published patch
@@ -49,14 +46,9 @@ class LeftAtrium(Benchmark):
 
     def read_raw(self, entry: Entry) -> Raw:
         name, label_name = entry.files
-        if not (self.root / label_name).is_file():
-            raise StudyError(f"{label_name}: not there; complete the case or remove it")
-        (image, geometry), (label, place) = (read_volume(self.root, file) for file in entry.files)
-        if label.shape[1:] != image.shape[1:]:
-            raise StudyError(f"{label_name}: its shape is {label.shape[1:]}, but that of {name} is {image.shape[1:]}")
-        check_same_grid(label_name, place, name, geometry)
+        image, geometry, label = self.read_files(entry)
         prepared = self.preparation.apply(image, geometry, name)
-        label = np.where(label[0] == ATRIUM, 1, label[0])
+        label = np.where(label == ATRIUM, 1, label)
         random = drawn(entry.id)
         margins = [tuple(random.integers(10, 20, 2).tolist()) for _ in LEAST]
         box = around_label(label, margins, LEAST, label_name)

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import Field
 from scipy.ndimage import gaussian_filter
 
+from mlrpl.config import Model
 from mlrpl.data.preparation import Preparation, z_score
-from mlrpl.data.source import Entry, Options, Raw, Rejected
+from mlrpl.data.source import Entry, Raw, Rejected
 
 SPLITS = {"train": 0, "test": 1}
 GREY_LEVELS = 1000  # whole grey levels, so that the last bit of a float, which machines differ in, is rounded away
@@ -28,7 +29,7 @@ GREY_LEVELS = 1000  # whole grey levels, so that the last bit of a float, which 
 Side = Annotated[int, Field(ge=16, le=1024)]
 
 
-class PhantomOptions(Options):
+class PhantomOptions(Model):
     """How many cases of each split, drawn from which seed, of how many voxels."""
 
     train: int = Field(40, ge=1)

@@ -8,29 +8,39 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from mlrpl.data.grid import Geometry, difference, from_patient_axes, moved, resample, to_patient_axes, with_spacing
+from mlrpl.config import Model
+from mlrpl.data.grid import (
+    Geometry,
+    Volume,
+    difference,
+    from_patient_axes,
+    moved,
+    resample,
+    to_patient_axes,
+    with_spacing,
+)
 from mlrpl.errors import StudyError
+from mlrpl.masks import bounding_box
 
 SAME_SPACING = 0.01  # relative difference below which an image keeps its voxels
 Millimetres = Annotated[float, Field(gt=0)]
+Bound = Annotated[float, Field(allow_inf_nan=True)]  # infinite: nothing is clipped there
 
 
-class Window(BaseModel):
+class Window(Model):
     """Clip to low … high, then subtract `mean` and divide by `sd`; without these, the image's own after clipping."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    low: float
-    high: float
+    low: Bound
+    high: Bound
     mean: float | None = None
     sd: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def ordered(self) -> "Window":
         """A window has a width."""
-        if self.low >= self.high:
+        if not self.low < self.high:
             raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
         return self
 
@@ -59,7 +69,7 @@ class Prepared:
         return {"shape": list(self.original_size), **self.original}
 
 
-class Preparation(BaseModel):
+class Preparation(Model):
     """What is done to every image.
 
     Attributes:
@@ -68,8 +78,6 @@ class Preparation(BaseModel):
         channels: one entry a channel; or one for all. "z-score": mean 0, deviation 1 over the volume; "brain": clipped
             at the 99.9th percentile of the box of non-zero voxels, then mean and deviation of these; or a `Window`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     axes: Literal["file", "patient"] = "file"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
@@ -101,7 +109,7 @@ class Preparation(BaseModel):
             return turned[0]
         return resample(turned[0], place, size, prepared.geometry, "nearest")
 
-    def _turned(self, array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+    def _turned(self, array: np.ndarray, geometry: Geometry) -> Volume:
         return (array, geometry) if self.axes == "file" else to_patient_axes(array, geometry)
 
     def normalise(self, image: np.ndarray, name: str) -> np.ndarray:
@@ -171,14 +179,10 @@ def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nonzero_box(channel: np.ndarray, name: str) -> tuple[slice, ...]:
-    """The smallest box around the non-zero voxels of (x, y, z)."""
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(channel.any(axis=tuple(np.delete(range(3), axis))))
-        if not found.size:
-            raise StudyError(f"{name}: every voxel is zero; replace or remove the image")
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
+    """The smallest box around the non-zero voxels of (x, y, z); StudyError where there is none."""
+    if (box := bounding_box(channel)) is None:
+        raise StudyError(f"{name}: every voxel is zero; replace or remove the image")
+    return box
 
 
 def _brain_score(channel: np.ndarray, name: str) -> np.ndarray:

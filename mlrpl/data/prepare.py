@@ -14,24 +14,23 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
 
+from mlrpl.config import Dataset, validated
 from mlrpl.data.brats import Brats
 from mlrpl.data.decathlon import Decathlon
 from mlrpl.data.la import LeftAtrium
 from mlrpl.data.pancreas import Pancreas
 from mlrpl.data.phantom import Phantom
-from mlrpl.data.source import Entry, Raw, Rejected, Source, parse_options
+from mlrpl.data.source import Entry, Raw, Rejected, Source
 from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
 from mlrpl.data.volumes import changed_at, checksum, size
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, remove_temporary, write_json
-
-if TYPE_CHECKING:
-    from mlrpl.config import Dataset
+from mlrpl.process import cpu_count
 
 Progress = Callable[[int, int], None]  # cases done, cases in all
 
@@ -47,7 +46,7 @@ AS_OPTION = "DATA=/path (make), --data (mlrpl reproduce) or --source (mlrpl prep
 
 
 def prepare(
-    dataset: "Dataset",
+    dataset: Dataset,
     source: Path | None,
     folder: Path,
     progress: Progress | None = None,
@@ -74,7 +73,7 @@ def prepare(
     if dataset.source not in SOURCES:
         raise StudyError(f"dataset {dataset.name}: unknown source '{dataset.source}'; known: {', '.join(SOURCES)}")
     kind = SOURCES[dataset.source]
-    options = parse_options(kind, dataset.source, dataset.options)
+    options = validated(kind.Options, dataset.options, f"options of source '{dataset.source}'")
     settings = {
         "name": dataset.name,
         "source": dataset.source,
@@ -99,7 +98,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(folder, ".lock")):
             return _existing(folder, settings, reader, root) or _build(
-                reader, root, settings, folder, progress, workers or min(WORKERS, _processors())
+                reader, root, settings, folder, progress, workers or min(WORKERS, cpu_count())
             )
     except OSError as error:  # disk full, read-only, ...: sources turn their own into StudyError
         raise StudyError(f"{folder}: cannot write the case store: {error.strerror or error}") from None
@@ -208,11 +207,6 @@ def _build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_store(folder)
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_cases(

@@ -5,22 +5,14 @@ writing) is the same for all and lives in `mlrpl.data.prepare`. A new dataset is
 class and one line in `mlrpl.data.SOURCES`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mlrpl.config import Model
 from mlrpl.data.preparation import Preparation
-from mlrpl.errors import StudyError
-
-
-class Options(BaseModel):
-    """Base of a source's options: validated, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Rejected:
 class Source(Protocol):
     """A dataset in the form that people hold it; raises StudyError for whatever it cannot use."""
 
-    Options: ClassVar[type[Options]]
+    Options: ClassVar[type[Model]]
     version: ClassVar[int]  # raise when the source makes other cases of the same input: they are prepared again
     needs_folder: ClassVar[bool]  # False: the source makes its cases itself
     classes: tuple[str, ...]  # background first
@@ -83,14 +75,3 @@ class Source(Protocol):
     def read(self, entry: Entry) -> Raw:
         """Read one case, z-scored where the dataset asks for it; StudyError names the file that is wrong."""
         ...
-
-
-def parse_options(source: type[Source], name: str, options: Mapping[str, Any]) -> Options:
-    """Validate a source's options; StudyError names the first option that is wrong."""
-    try:
-        return source.Options(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(source.Options.model_fields) or "none"
-        raise StudyError(f"dataset option '{where}' of source '{name}': {first['msg']}; known: {known}") from None

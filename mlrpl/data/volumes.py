@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from mlrpl.data.bounds import TRAILING, check_nifti, check_nrrd, read_bounded
 from mlrpl.data.dicom import read_dicom
-from mlrpl.data.grid import Geometry, to_itk
+from mlrpl.data.grid import Geometry, Volume, check_same_grid, simpleitk, to_itk
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
 
@@ -26,7 +27,7 @@ FLOATS = {16: "f4", 64: "f8"}  # of NIfTI's data types
 HEADER_SIZES = (348, 540)  # NIfTI-1 and 2; read with the wrong byte order they are other numbers
 
 
-def read_volume(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
+def read_volume(root: Path, name: str) -> Volume:
     """Volume (channels, x, y, z) and geometry of <root>/<name>: a NIfTI or NRRD file, or a folder with a DICOM series.
 
     Raises:
@@ -45,13 +46,37 @@ def read_volume(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     )
 
 
-def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
-    """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
-    import SimpleITK
+def read_channels(root: Path, names: Sequence[str]) -> Volume:
+    """One image (channels, x, y, z) and its geometry from a file, or from several with a channel or more each.
 
+    Raises:
+        StudyError: what `read_volume` raises, and where the files are not on one grid.
+    """
+    volumes = [read_volume(root, name) for name in names]
+    for name, volume in zip(names[1:], volumes[1:], strict=True):
+        check_same_grid(name, volume, names[0], volumes[0])
+    arrays, (geometry, *_) = zip(*volumes, strict=True)
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0], geometry
+
+
+def read_label(root: Path, name: str, image_name: str, image: Volume) -> np.ndarray:
+    """The label (x, y, z) of an image (channels, x, y, z).
+
+    Raises:
+        StudyError: what `read_volume` raises, and where it has channels or is not on the image's grid.
+    """
+    label, place = read_volume(root, name)
+    if len(label) != 1:
+        raise StudyError(f"{name}: the label has {len(label)} channels; it must have one")
+    check_same_grid(name, (label, place), image_name, image)
+    return label[0]
+
+
+def read_nifti(root: Path, name: str) -> Volume:
+    """Volume (channels, x, y, z) and geometry of <root>/<name>; StudyError when it is unreadable or cut short."""
     try:
         size = check_nifti(root / name, name)
-        volume = SimpleITK.ReadImage(str(root / name))
+        volume = simpleitk().ReadImage(str(root / name))
         stored = _stored_voxels(root / name, volume, size)
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, PermissionError):
@@ -65,21 +90,17 @@ def read_nifti(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
     return _array_and_geometry(volume, name)
 
 
-def _read_nrrd(root: Path, name: str) -> tuple[np.ndarray, Geometry]:
-    import SimpleITK
-
+def _read_nrrd(root: Path, name: str) -> Volume:
     check_nrrd(root / name, name)
     try:
-        volume = SimpleITK.ReadImage(str(root / name))
+        volume = simpleitk().ReadImage(str(root / name))
     except RuntimeError:
         raise StudyError(f"{name}: cannot be read as NRRD, it may be cut short; copy it again") from None
     return _array_and_geometry(volume, name)
 
 
-def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> tuple[np.ndarray, Geometry]:
-    import SimpleITK
-
-    array = SimpleITK.GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
+def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> Volume:
+    array = simpleitk().GetArrayFromImage(volume)  # (z, y, x), (channel, z, y, x) or (z, y, x, component)
     if volume.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
     elif volume.GetDimension() == 3:
@@ -93,12 +114,10 @@ def _array_and_geometry(volume: "SimpleITK.Image", name: str) -> tuple[np.ndarra
 
 def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Write a volume (x, y, z), compressed, atomically; StudyError where it cannot be written, or not to its end."""
-    import SimpleITK
-
     with atomic(path) as partial:
         working = partial.with_name(f"{partial.name}.nii.gz")  # ITK goes by the ending
         try:
-            SimpleITK.WriteImage(to_itk(array, geometry), str(working), useCompression=True)
+            simpleitk().WriteImage(to_itk(array, geometry), str(working), useCompression=True)
             if not _is_whole(working):  # of a disk that is full ITK says nothing
                 raise StudyError(f"{path}: could not be written to its end; is the disk full?")
             working.replace(partial)
@@ -122,9 +141,7 @@ def _is_whole(path: Path) -> bool:
 
 def channels_of(path: Path) -> int:
     """Channels of a NIfTI file by its header: its fourth side, or the numbers of a voxel; 1 where it cannot be read."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
+    reader = simpleitk().ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
