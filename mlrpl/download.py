@@ -68,8 +68,8 @@ REGISTRATION = {
 class Resuming:
     """A downloader for pooch that goes on where a `.part` file beside the goal ends, if the server can."""
 
-    def __init__(self, part: Path, progress: bool) -> None:
-        self.part, self.progress = part, progress
+    def __init__(self, part: Path) -> None:
+        self.part = part
 
     def __call__(self, url: str, output_file: str, _: Any) -> None:
         """Download `url`; the whole file is moved to `output_file`, a part stays for the next time."""
@@ -87,7 +87,7 @@ class Resuming:
                     unit="B",
                     unit_scale=True,
                     desc=url.rsplit("/", 1)[-1],
-                    disable=None if self.progress else True,
+                    disable=None,  # where nobody looks
                 )
                 with bar, self.part.open("ab" if goes_on else "wb") as file:
                     for chunk in response.iter_content(CHUNK):
@@ -101,7 +101,6 @@ def download(
     to: Path,
     archives: Mapping[str, Archive] = ARCHIVES,
     retries: int = RETRIES,
-    progress: bool = True,
 ) -> Path | None:
     """Fetch a data set into <to>/<its folder>, or print where to register for it.
 
@@ -110,7 +109,6 @@ def download(
         to: made where it is missing.
         archives: what can be downloaded.
         retries: after a broken connection; each goes on where the last one ended.
-        progress: whether to show a bar.
 
     Returns:
         The data set's folder; None where it is not for downloading.
@@ -129,14 +127,14 @@ def download(
     if folder.is_dir():
         print(f"{folder} is there already. Next: {archive.then.format(folder=folder)}")
         return folder
-    fetched = _fetch(archive, to, retries, progress)
+    fetched = _fetch(archive, to, retries)
     _unpack(fetched, folder)
     fetched.unlink()
     print(f"{folder} is ready. Next: {archive.then.format(folder=folder)}")
     return folder
 
 
-def _fetch(archive: Archive, to: Path, retries: int, progress: bool) -> Path:
+def _fetch(archive: Archive, to: Path, retries: int) -> Path:
     to.mkdir(parents=True, exist_ok=True)
     base = archive.url.removesuffix(archive.file)
     registry = {archive.file: f"md5:{archive.md5}"}
@@ -144,7 +142,7 @@ def _fetch(archive: Archive, to: Path, retries: int, progress: bool) -> Path:
     pooch.get_logger().setLevel("ERROR")
     part = to / f".{archive.file}.part"
     try:
-        return Path(cache.fetch(archive.file, downloader=Resuming(part, progress)))
+        return Path(cache.fetch(archive.file, downloader=Resuming(part)))
     except ValueError:
         raise StudyError(
             f"{archive.file}: what was downloaded is not the published file (its md5 differs), so it was deleted; "

@@ -39,13 +39,11 @@ from mlrpl.errors import StudyError
 from mlrpl.files import read_rows
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
-from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
-from mlrpl.precision import Precision, computing, to_predict_in
+from mlrpl.precision import computing
 from mlrpl.reliability import entropy, weigh
-from mlrpl.study import Job, Workplace, one_a_key
+from mlrpl.study import Job, Workplace, one_a_key, trained
 from mlrpl.tables import case_dice, measures
-from mlrpl.training import load, make_method
 
 DECODER_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442")  # the surer decoder: 1, 2, 3 …
 DISAGREE_COLOUR = "#CC79A7"
@@ -93,13 +91,6 @@ def typical(place: Workplace) -> tuple[Job, str]:
     return job, cases[len(cases) // 2]
 
 
-def _method(place: Workplace, job: Job, device: torch.device) -> tuple[Method, Precision]:
-    content = load(job.folder / "last.pt", device)
-    method = make_method(job.run, place.store, device)
-    method.load_state_dict(content["method"])
-    return method.eval(), to_predict_in(content["precision"], device)
-
-
 def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) -> Maps:
     """What a run's final weights make of a case.
 
@@ -107,7 +98,7 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
         StudyError: for a run that is not trained, or a case that the store does not have.
     """
     where = find_device(device)
-    method, precision = _method(place, job, where)
+    method, precision = trained(job, place.store, where)
     case = place.store.load(case_id)
     several, classes = "mean" in method.outputs, method.num_classes
 

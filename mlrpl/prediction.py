@@ -20,9 +20,8 @@ from mlrpl.errors import StudyError
 from mlrpl.inference import count_windows, sliding_slabs
 from mlrpl.masks import keep_largest
 from mlrpl.methods import Method
-from mlrpl.precision import Precision, computing, to_predict_in
-from mlrpl.study import Job, Workplace
-from mlrpl.training import load, make_method
+from mlrpl.precision import Precision, computing
+from mlrpl.study import Job, Workplace, trained
 from mlrpl.words import slug
 
 DATA_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")  # nothing is to be written over there
@@ -85,13 +84,7 @@ def open_ensemble(run: str, runs: str, device: torch.device) -> Ensemble:
             f"mlrpl train {study} does it"
         )
     store = place.store
-    methods = []
-    for job in jobs:
-        method = make_method(job.run, store, device)
-        weights = load(job.folder / "last.pt", device)
-        method.load_state_dict(weights["method"])
-        methods.append((method.eval(), to_predict_in(weights["precision"], device)))
-    return Ensemble(_group(jobs[0]), tuple(methods), store, device)
+    return Ensemble(_group(jobs[0]), tuple(trained(job, store, device) for job in jobs), store, device)
 
 
 def _group(job: Job) -> str:

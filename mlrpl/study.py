@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from mlrpl import own_code
 from mlrpl.config import Run, Study, load_study, study_file
@@ -32,7 +33,8 @@ from mlrpl.evaluation import SELECTIONS, evaluate
 from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
-from mlrpl.methods import METHODS, build, find_method, result_version
+from mlrpl.methods import METHODS, Method, build, find_method, result_version
+from mlrpl.precision import Precision, to_predict_in
 from mlrpl.training import Progress, Trainer, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
@@ -273,6 +275,14 @@ class Workplace:
                 seconds = round(time.monotonic() - started, 1)
                 job.record("evaluate", seconds=seconds, classes=list(job.classes))
         return read_rows(job.folder / "metrics.csv")
+
+
+def trained(job: Job, store: Store, device: torch.device) -> tuple[Method, Precision]:
+    """A method with the run's final weights, ready to predict, and the precision to do so in."""
+    method = make_method(job.run, store, device)
+    content = load(job.folder / "last.pt", device)
+    method.load_state_dict(content["method"])
+    return method.eval(), to_predict_in(content["precision"], device)
 
 
 def chosen(place: Workplace, only: str | None) -> list[Job]:

@@ -77,7 +77,7 @@ def server():
 def fetch(server, to, md5=None, file=NAME, retries=0):
     md5 = md5 or hashlib.md5(server.content).hexdigest()
     archive = Archive(f"http://127.0.0.1:{server.server_port}/files/{file}", md5, "next {folder}")
-    return download("test", to, {"test": archive}, retries, progress=False)
+    return download("test", to, {"test": archive}, retries)
 
 
 def refused(server, to, *named, **options):

@@ -248,7 +248,7 @@ def mutual_losses(size: Size, device: torch.device, goal: float | None = None) -
     )
 
 
-def make_case(size: Sequence[int], classes: int = 2, number: int = 0) -> Case:
+def make_case(size: Sequence[int], number: int = 0) -> Case:
     """A volume of noise with a smooth blob as its label."""
     random = np.random.default_rng(number)
     image = random.standard_normal((1, *size), dtype=np.float32)
