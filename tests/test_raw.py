@@ -11,8 +11,8 @@ import pytest
 import SimpleITK
 
 from mlrpl.data import prepare
-from mlrpl.data.benchmark import around_label
 from mlrpl.data.dicom import read_dicom
+from mlrpl.data.published import around_label
 from mlrpl.data.volumes import read_volume
 from mlrpl.errors import StudyError
 

@@ -13,14 +13,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from mlrpl.data.benchmark import Benchmark, Files, by_case
 from mlrpl.data.preparation import Preparation, nonzero_box
+from mlrpl.data.published import Files, Published, by_case
 from mlrpl.data.source import Entry, Raw
 
 IMAGE, LABEL = "_flair.nii", "_seg.nii"
 
 
-class Brats(Benchmark):
+class Brats(Published):
     """Source `brats`: one channel, background and whole tumour."""
 
     classes = ("background", "whole tumour")

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mlrpl.data.benchmark import Benchmark, Files, around_label, by_case, drawn
 from mlrpl.data.preparation import Preparation
+from mlrpl.data.published import Files, Published, around_label, by_case, drawn
 from mlrpl.data.source import Entry, Raw
 
 PREPARED, IMAGE, LABEL = "mri_norm2.h5", "lgemri.nrrd", "laendo.nrrd"
@@ -22,7 +22,7 @@ LEAST = (112, 112)  # voxels in x and y: the published patch
 ATRIUM = 255  # in laendo.nrrd
 
 
-class LeftAtrium(Benchmark):
+class LeftAtrium(Published):
     """Source `la`: one channel, background and left atrium."""
 
     classes = ("background", "left atrium")

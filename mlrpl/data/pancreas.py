@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from mlrpl.data.benchmark import Benchmark, Files, around_label, by_case
 from mlrpl.data.dicom import read_dicom
 from mlrpl.data.grid import Geometry, difference, to_patient_axes
 from mlrpl.data.preparation import Preparation, Prepared, Window, moments, z_score
+from mlrpl.data.published import Files, Published, around_label, by_case
 from mlrpl.data.source import Entry, Raw
 from mlrpl.data.volumes import below, read_nifti
 from mlrpl.errors import StudyError
@@ -32,7 +32,7 @@ RAW = Preparation(axes="patient", spacing=(1, 1, 1), channels=(Window(low=LOW, h
 LOST = 0.05  # share of a label's volume that may lie outside of the series
 
 
-class Pancreas(Benchmark):
+class Pancreas(Published):
     """Source `pancreas`: one channel, background and pancreas."""
 
     classes = ("background", "pancreas")

@@ -28,16 +28,16 @@ LISTS = (".list", ".txt")
 Files = dict[str, tuple[str, ...]]  # of each case, relative to the root
 
 
-class BenchmarkOptions(Model):
+class PublishedOptions(Model):
     """`seed` draws the split where there are no list files."""
 
     seed: int = Field(0, ge=0)
 
 
-class Benchmark:
+class Published:
     """Base of the sources `la`, `pancreas` and `brats`. A subclass says where files lie and how a raw case is read."""
 
-    Options: ClassVar = BenchmarkOptions
+    Options: ClassVar = PublishedOptions
     version: ClassVar = 1
     needs_folder: ClassVar = True
     channels = 1
@@ -47,7 +47,7 @@ class Benchmark:
     looked_for: ClassVar[str]  # for messages: what a folder should hold
     preparation: Preparation
 
-    def __init__(self, options: BenchmarkOptions, root: Path) -> None:
+    def __init__(self, options: PublishedOptions, root: Path) -> None:
         self.root = root
         self.rejected: list[Rejected] = []
         files = self.prepared_files(root)
