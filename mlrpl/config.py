@@ -395,7 +395,7 @@ def validated(model: type[M], content: Any, where: str) -> M:
     Args:
         model: what they should be.
         content: as YAML gives it.
-        where: they stand, for the message.
+        where: the place where it stands, for the message.
 
     Raises:
         StudyError: names the first setting that is wrong, and for one that does not exist the nearest that does.

@@ -100,7 +100,9 @@ def maps(place: Workplace, job: Job, case_id: str, device: str | None = None) ->
     where = find_device(device)
     method, precision = trained(job, place.store, where)
     case = place.store.load(case_id)
-    several, classes = "mean" in method.outputs, method.num_classes
+    # CCT's other decoders predict nothing; a network of one's own may have heads of its own kind.
+    several = "mean" in method.outputs and len(getattr(method.network, "decoders", ())) > 1
+    classes = method.num_classes
 
     def predict(windows: Tensor) -> Tensor:
         windows = windows.to(memory_format=torch.channels_last_3d)

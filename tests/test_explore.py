@@ -37,14 +37,32 @@ TINY = {
         {"variant": "vnet", "method": "vnet", "title": "V-Net", "labelled": 1},
         {"variant": "mlrpl", "method": "mlrpl", "title": "MLRPL", "labelled": 1},
         {"variant": "cct", "method": "cct", "title": "CCT", "labelled": 1},
+        {"variant": "own", "method": "own_network:Own", "title": "Own", "labelled": 1},
     ],
 }
+
+OWN = """
+from torch import nn
+from mlrpl.methods import Method
+
+class Own(Method):
+    def __init__(self, settings, in_channels, num_classes):
+        super().__init__(settings, in_channels, num_classes)
+        self.network = nn.Conv3d(in_channels, num_classes, 1)
+
+    def loss(self, batch, step):
+        raise NotImplementedError
+
+    def predict(self, image, outputs):
+        return [self.network(image).float().softmax(1) for _ in outputs]
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A study whose runs have weights, as good as none: they are where they started."""
     folder = tmp_path_factory.mktemp("explored")
+    (folder / "own_network.py").write_text(OWN)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     place = Workplace(str(folder / "tiny.yaml"), str(folder / "runs"), str(folder / "results"))
     for job in place.jobs:
@@ -72,7 +90,7 @@ def test_maps_are_those_of_the_prediction(place):
     assert 0 < shown.weight.min() <= shown.weight.max() <= 1
 
 
-@pytest.mark.parametrize("run", ["vnet-1-s0", "cct-1-s0"])  # CCT's auxiliary decoders predict nothing
+@pytest.mark.parametrize("run", ["vnet-1-s0", "cct-1-s0", "own-1-s0"])
 def test_one_decoder_has_a_prediction_and_no_maps(place, run):
     shown = maps(place, place.job(run), place.store.ids("test")[1], "cpu")
     assert shown.weight is None and shown.teacher is None
