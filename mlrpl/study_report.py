@@ -1,6 +1,6 @@
 """A study's report: its page, the executed notebooks as pages, what is kept with them, and the overview of all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
     found.save(folder)
     title = place.study.title
     notebook_to_html(place.runs / "01-data.ipynb", folder / "01-data.html", f"{title}: data", "index.html")
+    recorded = _recorded(place)
+    _keep_predictions(place, found, {key: maps for key, _, maps in recorded if maps.exists()})
     shown = report_notebooks(place, found)
     for name in set(REPORT_PAGES) - {*shown, "07-explore"}:  # of weights that are elsewhere now, the page stays
         (folder / f"{name}.html").unlink(missing_ok=True)
@@ -73,12 +75,9 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
                     f"{job.run.title}, {job.run.labelled} labelled: {what}",
                     "../index.html",
                 )
-    _keep_predictions(place, found)
     _keep_code(place, found)
-    # Rows may be adopted from another study; what our own provenance says comes last, so it counts.
-    pages = [*sorted(folder.parent.glob("*/provenance.json")), folder / "provenance.json"]
-    before = {facts.get("key"): facts for path in pages for facts in read_json(path).get("runs", {}).values()}
     described = {job.run.name: {"key": job.key, **_described(job)} for job in one_a_key(place.jobs)}
+    before = {key: facts for key, facts, _ in recorded}
     for row in found.runs[found.runs["adopted"]].to_dict("records"):
         described[row["run"]] = before.get(row["key"], described[row["run"]])
     provenance = {
@@ -96,16 +95,38 @@ def write_report(place: Workplace, found: Results, device: str | None) -> None:
         write_overview(folder.parent)
 
 
-def _keep_predictions(place: Workplace, found: Results) -> None:
-    """Label maps of representative runs go with the results, so that a later sitting can show all methods."""
-    shown = {job.run.name for job in representative(place.jobs)} & set(found.runs["run"])
-    folder = place.results / "predictions"
+def _recorded(place: Workplace) -> list[tuple[str, dict[str, Any], Path]]:
+    """Of each run that results hold its key, what they tell of it, and the file of its label maps, if they kept them.
+
+    Rows may be adopted from another study; what our own provenance says comes last, so it counts.
+    """
+    pages = [*sorted(place.results.parent.glob("*/provenance.json")), place.results / "provenance.json"]
+    return [
+        (facts.get("key", ""), facts, page.parent / "predictions" / f"{name}.npz")
+        for page in pages
+        for name, facts in read_json(page).get("runs", {}).items()
+        if "train" in facts  # else it was only asked for
+    ]
+
+
+def _keep_predictions(place: Workplace, found: Results, recorded: Mapping[str, Path]) -> None:
+    """Label maps of representative runs go with the results, so that a later sitting can show all methods.
+
+    Args:
+        place: the study.
+        found: the rows of all its finished runs.
+        recorded: by key, label maps that results keep.
+    """
+    folder, finished = place.results / "predictions", set(found.runs["run"])
+    kept = {job.run.name: job for job in representative(place.jobs) if job.run.name in finished}
     for path in folder.glob("*.npz"):
-        if path.stem not in shown:
+        if path.stem not in kept:
             path.unlink()
-    for job in place.jobs:
-        if job.run.name in shown and (job.folder / PREDICTIONS).exists():
-            copy_whole(job.folder / PREDICTIONS, folder / f"{job.run.name}.npz")
+    for name, job in kept.items():
+        own, mine = job.folder / PREDICTIONS, folder / f"{name}.npz"
+        maps = own if own.exists() else recorded.get(job.key, mine)
+        if maps != mine and maps.exists():
+            copy_whole(maps, mine)
 
 
 def _keep_code(place: Workplace, found: Results) -> None:

@@ -30,7 +30,7 @@ from mlrpl.comparison import case_views
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import LARGEST
 from mlrpl.execution import execute_run
-from mlrpl.files import read_json
+from mlrpl.files import read_json, write_json
 from mlrpl.results import Results, collect, run_frames
 from mlrpl.study import Workplace, pending
 from mlrpl.training import load
@@ -546,6 +546,9 @@ def test_adopted_rows_are_taken_as_finished_and_marked(tiny, tmp_path):
 def test_a_copy_adopts_what_the_original_has_committed(tiny, tmp_path):
     folder = tiny.copy(tmp_path, "results")
     write(folder, {**TINY, "name": "copied", "audit": None})
+    original = read_json(folder / "results/tiny/provenance.json")["runs"]
+    asked = {run: {"key": facts["key"]} for run, facts in original.items()}  # as a report of no run says it
+    write_json(folder / "results/copied/provenance.json", {"runs": asked})
     said = reproduce("copied.yaml", "--adopt", cwd=folder)
     assert "adopted from results/tiny/: vnet-1-s0, mlrpl-1-s0" in said
     first, copied = (Results.load(folder / "results" / name) for name in ("tiny", "copied"))
@@ -554,6 +557,10 @@ def test_a_copy_adopts_what_the_original_has_committed(tiny, tmp_path):
     assert copied.runs["adopted"].all()
     before, now = (read_json(folder / "results" / name / "provenance.json")["runs"] for name in ("tiny", "copied"))
     assert now == before
+    for run in ("vnet-1-s0", "mlrpl-1-s0"):  # and can be shown beside a run of the copy's own
+        maps = [folder / "results" / name / f"predictions/{run}.npz" for name in ("tiny", "copied")]
+        assert maps[0].read_bytes() == maps[1].read_bytes()
+    assert "contours.svg" in {path.name for path in (folder / "results/copied/figures").iterdir()}
 
 
 def test_results_of_a_packaged_study_are_not_lost_to_one_of_its_name(tiny, tmp_path, monkeypatch):
