@@ -112,7 +112,7 @@ class Settings(Model):
         return iteration >= self.check_from and iteration % self.check_every == 0
 
 
-class Entry(Model):
+class RunEntry(Model):
     """A line of a study's `runs`: a method with settings of its own, at one or more numbers of labelled cases.
 
     Attributes:
@@ -150,8 +150,8 @@ class Variant(Model):
     Attributes:
         variant: what tells it from the ablation's others.
         title: as tables and figures print it.
-        settings: see `Entry`.
-        options: see `Entry`.
+        settings: see `RunEntry`.
+        options: see `RunEntry`.
         paper: published Dice in percent, or what else is published, as a few words.
     """
 
@@ -198,10 +198,10 @@ class Ablation(Model):
             raise ValueError(f"one variant must change nothing (no settings, no options), not {len(unchanged)}")
         return variants
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[RunEntry]:
         """The lines that it adds to the study's runs."""
         for v in self.variants:
-            yield Entry(
+            yield RunEntry(
                 variant=f"{self.name}-{v.variant}",
                 method="mlrpl",
                 title=f"{self.title}: {v.title}",
@@ -316,7 +316,7 @@ class Study(Model):
     folds: Literal[0] | Annotated[int, Field(ge=2)] = 0
     settings: Settings = Settings()
     seeds: Seeds = (0,)
-    entries: tuple[Entry, ...] = Field(alias="runs", min_length=1)
+    entries: tuple[RunEntry, ...] = Field(alias="runs", min_length=1)
     paper: tuple[PaperFigure, ...] = ()
     reference: Slug | None = None
     audit: Audit | None = None

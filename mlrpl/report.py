@@ -79,7 +79,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Entry:
+class HomeEntry:
     """A study on the overall page: its page (``href``, relative), what it is (``text``, Markdown), its results."""
 
     title: str
@@ -144,7 +144,7 @@ def write_index(
     _write(destination, "index.html.j2", title=title, home=home, lead=lead, sections=sections, provenance=facts)
 
 
-def write_home(destination: Path, *, title: str, lead: str, entries: Sequence[Entry]) -> None:
+def write_home(destination: Path, *, title: str, lead: str, entries: Sequence[HomeEntry]) -> None:
     """Write the page over all studies; arguments as for :func:`write_index`.
 
     Raises:

@@ -15,7 +15,7 @@ from mlrpl.explore import explorable
 from mlrpl.files import copy_whole, read_json, read_rows, remove_temporary, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.provenance import CHANGED, environment
-from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
+from mlrpl.report import HomeEntry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.results import Results
 from mlrpl.study import Job, Workplace, first_seeds, one_a_key
 from mlrpl.words import counted
@@ -311,8 +311,8 @@ def write_overview(results: Path) -> None:
             comparison, finished = pd.read_csv(table, dtype=str, keep_default_na=False), len(read_rows(runs))
             cases = comparison["Cases"].astype(int).max()  # fewer where folds of a cross-validation are missing
             text = f"{counted(cases, 'test case')}; {_progress(finished, facts.get('asked', finished))}"
-            studies.append(Entry(title, href, text, tables.overview(comparison)))
+            studies.append(HomeEntry(title, href, text, tables.overview(comparison)))
         else:
-            others.append(Entry(title, href, facts.get("summary", "")))
+            others.append(HomeEntry(title, href, facts.get("summary", "")))
     studies.sort(key=lambda study: not any("paper" in heading for heading in study.table))
     write_home(results / "index.html", title="MLRPL: results", lead=OVERVIEW, entries=[*studies, *others])

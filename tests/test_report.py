@@ -15,7 +15,7 @@ from PIL import Image
 from mlrpl import drawing, tables
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
-from mlrpl.report import Entry, Link, Picture, Section, notebook_to_html, write_home, write_index
+from mlrpl.report import HomeEntry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.study_report import remarks, write_overview
 
 ROOT = Path(__file__).parents[1]
@@ -97,8 +97,8 @@ def page(tmp_path):
 def overview(tmp_path):
     dice = pd.DataFrame({"Method": ["MLRPL"], "4 labelled: last weights": ["79.61 ± 6.78"]})
     entries = [
-        Entry("Phantom", "phantom/index.html", "Volumes **drawn** from a seed.", dice),
-        Entry("LA", "la/index.html"),
+        HomeEntry("Phantom", "phantom/index.html", "Volumes **drawn** from a seed.", dice),
+        HomeEntry("LA", "la/index.html"),
     ]
     write_home(tmp_path / "index.html", title="All studies", lead="What was measured.", entries=entries)
     return tmp_path / "index.html"

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlrpl.data.preparation import Preparation, nonzero_box
 from mlrpl.data.published import Files, Published, by_case
-from mlrpl.data.source import Entry, Raw
+from mlrpl.data.source import CaseEntry, Raw
 
 IMAGE, LABEL = "_flair.nii", "_seg.nii"
 
@@ -44,7 +44,7 @@ class Brats(Published):
         raw = super().read_prepared(name)
         return replace(raw, label=(raw.label > 0).astype(np.uint8))
 
-    def read_raw(self, entry: Entry) -> Raw:
+    def read_raw(self, entry: CaseEntry) -> Raw:
         name = entry.files[0]
         image, geometry, label = self.read_files(entry)
         prepared = self.preparation.apply(image, geometry, name)

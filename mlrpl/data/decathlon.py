@@ -23,7 +23,7 @@ from pydantic import Field
 from mlrpl.config import Model
 from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Raw, Rejected
+from mlrpl.data.source import CaseEntry, Raw, Rejected
 from mlrpl.data.volumes import NIFTI, channels_of, ending, nifti_files, read_channels, read_label, without_ending
 from mlrpl.errors import StudyError
 
@@ -98,12 +98,12 @@ class Decathlon:
             train, test = train[: -options.test], train[-options.test :]
         train += sorted(cases.keys() - self._labelled)
         self.entries = [
-            Entry(case, split, (*cases[case][0], *cases[case][1]))
+            CaseEntry(case, split, (*cases[case][0], *cases[case][1]))
             for split, ids in (("train", train), ("test", test))
             for case in ids
         ]
 
-    def read(self, entry: Entry) -> Raw:
+    def read(self, entry: CaseEntry) -> Raw:
         """Read one case; StudyError names the file that is cut short or on another grid than the case's first."""
         image, geometry, label = self.read_files(entry)
         prepared = self.preparation.apply(image, geometry, entry.files[0])
@@ -112,7 +112,7 @@ class Decathlon:
         whole, spacing, place = prepared.part((slice(None),) * 3)
         return Raw(whole, label, spacing, place, prepared.source)
 
-    def read_files(self, entry: Entry) -> tuple[np.ndarray, Geometry, np.ndarray | None]:
+    def read_files(self, entry: CaseEntry) -> tuple[np.ndarray, Geometry, np.ndarray | None]:
         """Image (channels, x, y, z), its geometry and its label (x, y, z), if there is one, as the files hold them.
 
         Raises:

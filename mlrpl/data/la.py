@@ -15,7 +15,7 @@ import numpy as np
 
 from mlrpl.data.preparation import Preparation
 from mlrpl.data.published import Files, Published, around_label, by_case, drawn
-from mlrpl.data.source import Entry, Raw
+from mlrpl.data.source import CaseEntry, Raw
 
 PREPARED, IMAGE, LABEL = "mri_norm2.h5", "lgemri.nrrd", "laendo.nrrd"
 LEAST = (112, 112)  # voxels in x and y: the published patch
@@ -44,7 +44,7 @@ class LeftAtrium(Published):
         training = {case: name for case, name in images.items() if "testing set" not in name.lower()}
         return {case: (name, name.replace(IMAGE, LABEL)) for case, name in (training or images).items()}
 
-    def read_raw(self, entry: Entry) -> Raw:
+    def read_raw(self, entry: CaseEntry) -> Raw:
         name, label_name = entry.files
         image, geometry, label = self.read_files(entry)
         prepared = self.preparation.apply(image, geometry, name)

@@ -20,7 +20,7 @@ from mlrpl.data.dicom import read_dicom
 from mlrpl.data.grid import Geometry, difference, to_patient_axes
 from mlrpl.data.preparation import Preparation, Prepared, Window, moments, z_score
 from mlrpl.data.published import Files, Published, around_label, by_case
-from mlrpl.data.source import Entry, Raw
+from mlrpl.data.source import CaseEntry, Raw
 from mlrpl.data.volumes import below, read_nifti
 from mlrpl.errors import StudyError
 
@@ -64,7 +64,7 @@ class Pancreas(Published):
             )
         return {f"image{number}": (folders[number], labels[number]) for number in sorted(labels)}
 
-    def read_raw(self, entry: Entry) -> Raw:
+    def read_raw(self, entry: CaseEntry) -> Raw:
         folder, label_name = entry.files
         label, place = read_nifti(self.root, label_name)
         label = (label[0] > 0).astype(np.uint8)

@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter
 
 from mlrpl.config import Model
 from mlrpl.data.preparation import Preparation, z_score
-from mlrpl.data.source import Entry, Raw, Rejected
+from mlrpl.data.source import CaseEntry, Raw, Rejected
 
 SPLITS = {"train": 0, "test": 1}
 GREY_LEVELS = 1000  # whole grey levels, so that the last bit of a float, which machines differ in, is rounded away
@@ -58,10 +58,10 @@ class Phantom:
     def __init__(self, options: PhantomOptions, root: Path | None = None) -> None:
         self.options = options
         self.entries = [
-            Entry(f"{split}-{number:03d}", split) for split in SPLITS for number in range(getattr(options, split))
+            CaseEntry(f"{split}-{number:03d}", split) for split in SPLITS for number in range(getattr(options, split))
         ]
 
-    def read(self, entry: Entry) -> Raw:
+    def read(self, entry: CaseEntry) -> Raw:
         """Draw one case: a function of the seed, its split and its number alone."""
         split, number = entry.id.split("-")
         image, label = draw(np.random.default_rng([self.options.seed, SPLITS[split], int(number)]), self.options.size)

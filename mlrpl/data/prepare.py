@@ -25,7 +25,7 @@ from mlrpl.data.decathlon import Decathlon
 from mlrpl.data.la import LeftAtrium
 from mlrpl.data.pancreas import Pancreas
 from mlrpl.data.phantom import Phantom
-from mlrpl.data.source import Entry, Raw, Rejected, Source
+from mlrpl.data.source import CaseEntry, Raw, Rejected, Source
 from mlrpl.data.store import FORMAT, Store, array_path, fingerprint, open_store
 from mlrpl.data.volumes import changed_at, checksum, size
 from mlrpl.errors import StudyError
@@ -147,7 +147,7 @@ def _unchanged(store: Store, reader: Source, root: Path) -> bool:
     return True
 
 
-def _sources(root: Path, entry: Entry) -> list[str] | None:
+def _sources(root: Path, entry: CaseEntry) -> list[str] | None:
     """Checksums of a case's files, None where one is missing or may not be read."""
     try:
         return [checksum(root / name) for name in entry.files]
@@ -236,7 +236,9 @@ def _write_cases(
     return cases, rejected
 
 
-def _write_case(reader: Source, root: Path | None, step: int, folder: Path, entry: Entry) -> dict[str, Any] | Rejected:
+def _write_case(
+    reader: Source, root: Path | None, step: int, folder: Path, entry: CaseEntry
+) -> dict[str, Any] | Rejected:
     """Prepare one case; its record is written last, and a record that is there of the same files is taken as it is."""
     record, sources = folder / "records" / f"{entry.id}.json", None
     try:
@@ -253,7 +255,7 @@ def _write_case(reader: Source, root: Path | None, step: int, folder: Path, entr
     return case
 
 
-def check(raw: Raw, entry: Entry, channels: int, classes: int) -> None:
+def check(raw: Raw, entry: CaseEntry, channels: int, classes: int) -> None:
     """StudyError unless the case is a finite volume with a label of its own shape and of known classes."""
     image, label = raw.image, raw.label
     name = entry.files[0] if entry.files else entry.id
@@ -315,7 +317,7 @@ class _Hashing:
         self.bytes += len(data)
 
 
-def _save(raw: Raw, entry: Entry, folder: Path) -> dict[str, Any]:
+def _save(raw: Raw, entry: CaseEntry, folder: Path) -> dict[str, Any]:
     arrays = {"image": raw.image.astype(np.float32)}
     if raw.label is not None:
         arrays["label"] = raw.label

@@ -19,7 +19,7 @@ from mlrpl.config import Model
 from mlrpl.data.bounds import H5_ERRORS, read_h5
 from mlrpl.data.grid import Geometry
 from mlrpl.data.preparation import Preparation
-from mlrpl.data.source import Entry, Raw, Rejected
+from mlrpl.data.source import CaseEntry, Raw, Rejected
 from mlrpl.data.volumes import below, read_label, read_volume
 from mlrpl.errors import StudyError
 from mlrpl.masks import bounding_box
@@ -59,7 +59,7 @@ class Published:
         splits = _published(root, files)
         self.split = "published" if splits else "seeded"
         self.entries = [
-            Entry(case, split, files[case])
+            CaseEntry(case, split, files[case])
             for split, cases in (splits or _seeded(files, self.shares, options.seed)).items()
             for case in cases
         ]
@@ -72,7 +72,7 @@ class Published:
         """Each case's files as the data set is published; empty where there is none."""
         raise NotImplementedError
 
-    def read(self, entry: Entry) -> Raw:
+    def read(self, entry: CaseEntry) -> Raw:
         """Read one case; StudyError when a file is cut short or lacks something."""
         return self.read_prepared(entry.files[0]) if self.form == "prepared" else self.read_raw(entry)
 
@@ -88,7 +88,7 @@ class Published:
             ) from None
         return Raw(image[None].astype(np.float32), label)
 
-    def read_files(self, entry: Entry) -> tuple[np.ndarray, Geometry, np.ndarray]:
+    def read_files(self, entry: CaseEntry) -> tuple[np.ndarray, Geometry, np.ndarray]:
         """Image (channels, x, y, z), its geometry and its label (x, y, z) as the files of a raw case hold them.
 
         Raises:
@@ -100,7 +100,7 @@ class Published:
         image, geometry = read_volume(self.root, name)
         return image, geometry, read_label(self.root, label_name, name, (image, geometry))
 
-    def read_raw(self, entry: Entry) -> Raw:
+    def read_raw(self, entry: CaseEntry) -> Raw:
         """Read and prepare one case as the paper does."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from mlrpl.data.preparation import Preparation
 
 
 @dataclass(frozen=True)
-class Entry:
+class CaseEntry:
     """One case of a source, before it is read; `files` are all it is read from, relative to the root."""
 
     id: str
@@ -64,7 +64,7 @@ class Source(Protocol):
     licence: str
     citation: str
     split: str  # where the splits come from: "published" | "seeded" | "drawn"
-    entries: list[Entry]  # training cases in the order of the list: the first n are the labelled ones
+    entries: list[CaseEntry]  # training cases in the order of the list: the first n are the labelled ones
     form: str  # what was found, for people: "prepared", "raw", …
     preparation: Preparation  # how a new image is made ready for a network that was trained on this data
     lenient: bool  # whether faulty cases are left out instead of refused as a whole
@@ -72,6 +72,6 @@ class Source(Protocol):
 
     def __init__(self, options: Any, root: Path | None) -> None: ...
 
-    def read(self, entry: Entry) -> Raw:
+    def read(self, entry: CaseEntry) -> Raw:
         """Read one case, z-scored where the dataset asks for it; StudyError names the file that is wrong."""
         ...
