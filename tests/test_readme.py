@@ -1,0 +1,330 @@
+"""The figures in the two READMEs follow from the committed rows: each number, to the digits that are printed."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlrpl.audit_report import choices, later_half, predictors, subjects
+from mlrpl.evaluation import LARGEST, OWN, SELECTIONS
+from mlrpl.results import Results
+from mlrpl.statistics import interval, summary
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("mlrpl", "control", "control-labelled", "vnet")
+INSTANCE = ("mlrpl-instance", "control-instance", None, "vnet-instance")
+SELECTED = (("published", "decoder1"), ("last", "decoder1"), ("last", OWN))
+
+
+@cache
+def results(study: str) -> Results:
+    return Results.load(ROOT / "results" / study)
+
+
+@cache
+def measured(
+    study: str, variant: str, labelled: int, selection: str = "last", output: str = "decoder1", measure: str = "dice"
+) -> pd.DataFrame:
+    """A column a seed. Dice in %, mean over the classes: a row a case; of a distance, a row a case and class."""
+    rows = results(study).metrics
+    rows = rows[(rows["variant"] == variant) & (rows["labelled"] == labelled)]
+    rows = rows[(rows["selection"] == selection) & (rows["output"] == output)]
+    table = rows.pivot_table(measure, ["case", "class"], "seed")
+    return 100 * table.groupby("case").mean() if measure == "dice" else table
+
+
+def apart(study: str, one: str, other: str, labelled: int, selection: str = "last", output: str = "decoder1"):
+    """Differences, a row a case, a column a seed; where the other has one seed, each of the first is held to it."""
+    mine, theirs = (measured(study, variant, labelled, selection, output) for variant in (one, other))
+    return mine.sub(theirs.iloc[:, 0], axis=0) if theirs.shape[1] == 1 else (mine - theirs).dropna(axis=1)
+
+
+def table(file: str, after: str) -> list[list[str]]:
+    """Cells of the rows of the first table behind a text."""
+    anywhere_broken = r"\s+".join(map(re.escape, after.split()))
+    lines = re.split(anywhere_broken, (ROOT / file).read_text(encoding="utf-8"), maxsplit=1)[1].splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[first + 1 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def numbers(cell: str) -> list[str]:
+    return re.findall(r"[−-]?\d+(?:\.\d+)?", re.sub(r"\(paper[^)]*\)", "", cell))
+
+
+def printed(value: float, like: str) -> str:
+    decimals = len(like.partition(".")[2])
+    return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def says(cell: str, *values: float) -> bool:
+    """Whether these are a cell's numbers, to the digits that it has."""
+    found = numbers(cell)
+    return len(found) == len(values) and all(
+        printed(value, like) == like for value, like in zip(values, found, strict=True)
+    )
+
+
+def each_or_mean(cell: str, frame: pd.DataFrame) -> bool:
+    """Whether a cell gives each seed's mean over the cases, or their mean ± standard deviation."""
+    seeds = frame.mean()
+    return says(cell, *seeds) or (len(seeds) > 1 and says(cell, seeds.mean(), seeds.std()))
+
+
+def with_interval(cell: str, frame: pd.DataFrame) -> bool:
+    difference = frame.mean(axis=1)
+    return says(cell, difference.mean(), *interval(difference))
+
+
+def titles(study: str, labelled: int) -> dict[str, str]:
+    """Variants by title, as the READMEs shorten it, among the runs with so many labelled cases."""
+    runs = results(study).runs
+    runs = runs[runs["labelled"] == labelled]
+    return dict(zip(runs["title"].str.replace("(β = 0)", "").str.strip(), runs["variant"], strict=True))
+
+
+RESULTS = [
+    ("la", 8, "published", METHODS),
+    ("la", 8, "last", METHODS),
+    ("la-half", 8, "last", METHODS),
+    ("hippocampus", 20, "last", METHODS),
+    ("hippocampus", 5, "last", METHODS),
+    ("hippocampus", 5, "last", INSTANCE),
+    ("phantom-full", 4, "last", METHODS),
+    ("phantom-full", 4, "last", INSTANCE),
+]
+
+
+@pytest.mark.parametrize(("number", "row"), list(enumerate(RESULTS)))
+def test_the_table_of_results(number, row):
+    study, labelled, selection, variants = row
+    cells = table("README.md", "says in words what they show")
+    assert len(cells) == len(RESULTS)
+    for cell, variant in zip(cells[number][2:], variants, strict=True):
+        frame = measured(study, variant, labelled, selection) if variant else pd.DataFrame()
+        assert each_or_mean(cell, frame) if len(frame) else cell == "", (variant, cell)
+
+
+DIFFERENCES = [
+    [("la", "mlrpl", "control", 8, "published")],
+    [("la", "mlrpl", "control", 8)],
+    [("la-half", "mlrpl", "control", 8)],
+    [("hippocampus", "mlrpl", "control", 20)],
+    [("hippocampus", "mlrpl", "control", 5)],
+    [("hippocampus", "mlrpl-instance", "control-instance", 5)],
+    [
+        ("phantom-full", "mlrpl", "control", 4),
+        ("phantom-precision", "mlrpl", "control", 4),
+        ("phantom-precision", "mlrpl-bf16", "control-bf16", 4),
+    ],
+    [("phantom-full", "mlrpl-instance", "control-instance", 4)],
+]
+
+
+@pytest.mark.parametrize(("number", "pairs"), list(enumerate(DIFFERENCES)))
+def test_the_table_of_differences(number, pairs):
+    cells = table("README.md", "**What the mutual loss adds**")
+    assert len(cells) == len(DIFFERENCES)
+    _, difference, ahead = cells[number]
+    frames = [apart(*pair) for pair in pairs]
+    seeds = pd.concat([frame.mean() for frame in frames])
+    if len(frames) > 1:
+        assert says(difference, *(frame.mean(axis=None) for frame in frames))
+    else:
+        assert with_interval(difference, frames[0]) or says(difference, *seeds), difference
+    assert says(ahead, (seeds > 0).sum(), len(seeds)), ahead
+
+
+def test_left_atrium_at_half_resolution():
+    cells = table("results/README.md", "## Left atrium (`la-half`)")
+    selections = (("last", "decoder1"), ("last", "decoder1-own"), ("published", "decoder1"))
+    for variant, (_, *row) in zip(("mlrpl", "control", "vnet", "control-labelled"), cells, strict=True):
+        seeds = [measured("la-half", variant, 8, *chosen).mean() for chosen in selections]
+        for values, part in zip(seeds, np.array_split(row, len(selections)), strict=True):
+            assert says(" ".join(part), *values), (variant, list(part))
+
+
+def test_hippocampus_with_20_labelled():
+    found, variants = results("hippocampus").compared(), titles("hippocampus", 20)
+    sure = summary(found.metrics, found.runs)
+    sure = sure[sure["labelled"] == 20].set_index("title").rename({"Control (β = 0)": "Control"})
+    cells = table("results/README.md", "All nine methods and the controls with 20 labelled cases")
+    assert len(cells) == 13
+    for name, last, best, distance, difference, p in cells:
+        row = sure.loc[name := name.removesuffix(" (one seed)")]
+        assert says(last, *measured("hippocampus", variants[name], 20).mean()), name
+        assert says(best, *measured("hippocampus", variants[name], 20, "published").mean()), name
+        assert says(distance, measured("hippocampus", variants[name], 20, measure="hd95").mean().mean()), name
+        if name != "MLRPL":
+            low, high = row["difference_low"], row["difference_high"]
+            assert says(difference.replace("+", ""), row["difference"], low, high), name
+            assert (p == "< 0.001" and row["p_holm"] < 0.001) or says(p, row["p_holm"]), name
+
+
+def test_phantoms():
+    variants = titles("phantom-full", 4)
+    cells = table("results/README.md", "and at 8 labelled, one seed:")
+    instance = [name for name, *_ in cells].index("**with instance instead of batch normalisation**")
+    for n, (name, *row) in enumerate(cells):
+        if n == instance:
+            continue
+        variant = variants[name + " (instance norm)" * (n > instance)]
+        *each, mean, best, eight = row
+        seeds, published = (measured("phantom-full", variant, 4, selection).mean() for selection in SELECTIONS)
+        assert says(" ".join(each), *seeds), (name, each)
+        if len(seeds) > 1:
+            assert says(mean, seeds.mean(), seeds.std()), (name, mean)
+            assert says(best, published.mean(), published.std()), (name, best)
+        more = measured("phantom-full", variant, 8)
+        assert says(eight, *more.mean()) if len(more) else eight == "", (name, eight)
+
+
+def test_left_atrium():
+    cells = {name.partition(":")[0]: row for name, *row in table("results/README.md", "## Left atrium at full size")}
+    columns = {0: ("mlrpl", 0), 1: ("mlrpl", 1), 3: ("control", 0), 4: ("vnet", 0)}
+    checks = results("la").checks
+    for column, (variant, seed) in columns.items():
+
+        def of(selection: str = "last", output: str = "decoder1", measure: str = "dice") -> float:
+            return measured("la", variant, 8, selection, output, measure)[seed].mean()  # noqa: B023
+
+        best = cells["best of 72 checks on the 20 test cases, as the literature selects"]
+        assert says(best[column], of("published"))
+        assert says(cells["its 95HD (voxels)"][column], of("published", measure="hd95"))
+        assert says(cells["last weights"][column], of(), of(measure="hd95"))
+        assert says(cells["last weights, each volume normalised by its own statistics"][column], of(output=OWN))
+        largest = cells["of each prediction the largest connected component alone"][column]
+        if (variant, seed) == ("mlrpl", 0):  # measured beside the package's evaluation
+            rows = pd.read_csv(ROOT / "results/la/largest-component.csv")
+            assert says(largest, 100 * rows["dice_largest"].mean(), rows["hd95_largest"].mean())
+        else:
+            assert says(largest, of("published", LARGEST), of("published", LARGEST, "hd95"))
+        mine = 100 * checks.loc[checks["run"] == f"{variant}-8-s{seed}"].set_index("iteration")["dice"]
+        assert says(cells["at iteration"][column].replace(",", ""), mine.idxmax())
+        late = mine[mine.index > 13_000]
+        ten = cells["mean of the last ten checks, over 2,000 iterations (range)"][column]
+        assert says(ten, late.mean(), late.min(), late.max())
+
+
+def test_left_atrium_against_its_control():
+    cells = table("results/README.md", "Points by which each is ahead of it")
+    control = [measured("la", "control", 8, *chosen) for chosen in SELECTED]
+    for (_, *row), of_control, chosen in zip(cells, control, SELECTED, strict=True):
+        for cell, (variant, seed) in zip(row, (("mlrpl", 0), ("mlrpl", 1), ("vnet", 0)), strict=True):
+            assert with_interval(cell, measured("la", variant, 8, *chosen)[[seed]].sub(of_control[0], axis=0)), cell
+
+
+def test_hippocampus_with_5_labelled():
+    variants = titles("hippocampus", 5)
+    for name, last, own, best, distance in table("results/README.md", "Seed 0 of each; three were trained on another"):
+        variant = variants[name.removesuffix(" (GPU, bf16)")]
+        for cell, chosen in ((last, ("last",)), (own, ("last", OWN)), (best, ("published",))):
+            assert says(cell, measured("hippocampus", variant, 5, *chosen)[0].mean()), (name, cell)
+        assert says(distance, measured("hippocampus", variant, 5, measure="hd95")[0].mean()), name
+    for name, *row in table("results/README.md", "**A second seed of three of them**"):
+        seeds = [measured("hippocampus", variants[name], 5, "last", output).mean() for output in ("decoder1", OWN)]
+        assert says(" ".join(row), seeds[0][0], seeds[1][0], seeds[0][1], seeds[1][1]), name
+
+
+def test_parts_and_measures_with_instance_normalisation():
+    ablations = results("hippocampus").ablations
+    runs = results("hippocampus").runs.set_index("run")["variant"]
+    variants = {row["variant"]: runs[row["run"]] for row in ablations.to_dict("records")}
+    on_gpu = pd.read_csv(ROOT / "results/hippocampus/components-on-gpu.csv").set_index(["selection", "run"])["dice"]
+    whole = measured("hippocampus", variants["+ WR + HR"], 5)
+    for name, *row in table("results/README.md", "The parts of MLRPL, three seeds"):
+        title = "CE" if name == "cross-entropy alone (CPS)" else name
+        *each, mean, against, best, gpu = row
+        frame = measured("hippocampus", variants[title], 5)
+        seeds, published = frame.mean(), measured("hippocampus", variants[title], 5, "published").mean()
+        assert says(" ".join([*each, mean]), *seeds, seeds.mean(), seeds.std()), name
+        assert says(best, published.mean()), name
+        if title != "+ WR + HR":
+            assert with_interval(against, frame - whole), name
+            assert says(gpu, *(100 * on_gpu["last"][f"{variants[title]}-5-s{seed}"] for seed in (0, 1))), name
+    for name, *row in table("results/README.md", "The measures of HR:"):
+        variant = variants[name.removesuffix(" (the paper's)")]
+        pairs = [measured("hippocampus", variant, 5, selection).mean()[:2] for selection in ("last", "published")]
+        assert says(" ".join(row), *pd.concat(pairs)), name
+
+
+def test_phantoms_trained_three_times():
+    pairs = DIFFERENCES[6]
+    for (_, *row), pair in zip(table("results/README.md", "trained anew the same pair comes out"), pairs, strict=True):
+        *each, ahead, count = row
+        frames = [measured(pair[0], variant, 4) for variant in pair[1:3]]
+        difference = apart(*pair)
+        assert says(" ".join(each), *pd.concat(frames, axis=1).mean().sort_index(kind="stable"))
+        assert with_interval(ahead, difference) or says(ahead, difference.mean(axis=None)), ahead
+        assert says(count, (difference.mean() > 0).sum(), 3)
+
+
+AUDITED = [("la", "mlrpl", 8), ("la-half", "mlrpl", 8), ("hippocampus", "mlrpl", 20)]
+AUDITED += [("hippocampus", "mlrpl-instance", 5), ("phantom-full", "mlrpl", 4)]
+
+
+@pytest.mark.parametrize(("column", "audited"), list(enumerate(AUDITED)))
+def test_the_audit(column, audited):
+    study, *which = audited
+    (found,) = (s for s in subjects(results(study)).values() if list(s.runs[["variant", "labelled"]].iloc[0]) == which)
+    audit = later_half(found)
+    audit = audit[audit["distance"] == "all"]
+    chosen = choices(audit[audit["class"] == "all"]).groupby(["scope", "score"])[["kept", "dropped"]].mean()
+    weighed = predictors(audit[audit["scope"] == "kept"])
+    weighed["part"] = np.where(weighed["class"] == "all", "all", "foreground")
+    weighed = weighed[weighed["class"] != "background"].groupby(["part", "score"])["auroc"].mean()
+    expected = [
+        *chosen.loc[("all", "wr")],
+        chosen.loc[("all", "matched"), "kept"],
+        chosen.loc[("disagree", "wr"), "kept"],
+        chosen.loc[("disagree", "matched"), "kept"],
+        *(weighed[part, score] for part in ("all", "foreground") for score in ("mse", "prob")),
+    ]
+    cells = [row[1 + column] for row in table("results/README.md", "## The audit")]
+    assert says(" ".join(cells), *expected)
+
+
+def test_ablations_on_phantoms():
+    ablations = results("phantom-full").ablations
+    variants = results("phantom-full").runs.set_index("run")["variant"]
+    cells = table("results/README.md", "The five ablations")
+    for (name, rows), (_, cell) in zip(ablations.groupby("ablation", sort=False), cells, strict=True):
+        figures = re.findall(r"([\d.]+(?: ± [\d.]+)?)(?:,|$)", cell)
+        for title, mine in rows.groupby("variant"):
+            frame = measured("phantom-full", variants[mine["run"].iloc[0]], 4)[mine["seed"]]
+            right = [figure for figure in figures if each_or_mean(figure, frame)]
+            assert right, (name, title, frame.mean())
+            figures.remove(right[0])
+        assert figures == [], name
+
+
+SPEED = {
+    "training step": "training step",
+    "peak memory of a step": "peak memory of a step (GB)",
+    "mutual loss": "mutual loss",
+    "sliding window, one decoder asked for": "sliding window, one decoder",
+    "sliding window, both decoders": "sliding window, both decoders",
+    "metrics": "metrics in voxels",
+}
+
+
+def test_speed():
+    timed = [pd.read_csv(ROOT / f"results/{name}/bench.csv").set_index("work") for name in ("bench", "bench-cuda")]
+    seen = set()
+    for name, *row in table("README.md", "Time (or memory) of the plain formulation for one of the package's:"):
+        if name not in SPEED:
+            continue
+        seen.add(name)
+        for cell, times in zip(row, timed, strict=True):
+            if cell:
+                ratio, plain, ours = times.loc[SPEED[name], ["ratio", "plain_s", "ours_s"]]
+                scale = 1000 if " ms " in cell else 1
+                assert says(cell, ratio, *((scale * plain, scale * ours) if "(" in cell else ())), (name, cell)
+    assert seen == SPEED.keys()
