@@ -67,6 +67,8 @@ class Settings(Model):
         filters: of the network at full resolution; twice as many each time that the sides are halved.
         normalisation: "batch", as published, predicts with running averages over labelled and unlabelled volumes. With
             very few labelled volumes these averages can fit neither; "instance" needs none.
+        head_dropout: in training, whether half of the `filters` channels before each head are dropped, as published.
+            Each volume draws anew, and where a draw leaves one channel or none the losses jump.
         iterations: steps of training, one batch each.
         batch: labelled and unlabelled volumes; without unlabelled ones for methods that can do without.
         learning_rate: of stochastic gradient descent, in the first iteration.
@@ -86,6 +88,7 @@ class Settings(Model):
     augmentation: tuple[Literal["rot90", "flip", "mirror"], ...] = ("rot90", "flip")
     filters: Annotated[Whole, Field(gt=0, le=512)] = 16
     normalisation: Literal["batch", "instance"] = "batch"
+    head_dropout: bool = True
     iterations: Annotated[Whole, Field(gt=0)] = 15_000
     batch: tuple[Side, Annotated[int, Field(ge=0, le=4096)]] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
@@ -213,7 +216,7 @@ class Ablation(Model):
 
 
 REFERENCE = "MLRPL"  # the title of what all others are compared with, where a study names no other
-ADDED_LATER = ("normalisation",)  # not in a key at their defaults, so that results from before keep theirs
+ADDED_LATER = ("normalisation", "head_dropout")  # not in a key at their defaults: earlier results keep theirs
 
 
 class Audit(Model):
@@ -270,10 +273,8 @@ class Run(Model):
             unused: settings that the method never reads.
             unseen_classes: that no label has (`Store.unseen_classes`).
         """
-        settings = self.settings.model_dump(mode="json", exclude=set(unused))
-        for name in ADDED_LATER:
-            if settings[name] == Settings.model_fields[name].default:
-                del settings[name]
+        usual = {name for name in ADDED_LATER if getattr(self.settings, name) == Settings.model_fields[name].default}
+        settings = self.settings.model_dump(mode="json", exclude=usual | set(unused))
         content = {
             "method": self.method,
             "labelled": self.labelled,

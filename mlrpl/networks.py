@@ -231,6 +231,13 @@ def normalise_instances(module: nn.Module) -> None:
                 setattr(parent, name, norm.requires_grad_(child.weight.requires_grad))
 
 
+def keep_all_channels(module: nn.Module) -> None:
+    """Take away the dropout before every decoder's head; the bottleneck's stays."""
+    for part in module.modules():
+        if isinstance(part, Decoder):
+            part.dropout = nn.Identity()
+
+
 @contextmanager
 def counted_volumes(module: nn.Module) -> Iterator[dict[type[nn.Module], list[int]]]:
     """Within, each pass through an encoder or a decoder of `module` adds its number of volumes to that part's list."""

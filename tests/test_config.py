@@ -201,6 +201,7 @@ def test_a_key_is_sixteen_hexadecimal_digits_and_always_the_same():
 
 OTHER = {
     "patch": (64, 64, 64), "stride": (9, 9, 9), "augmentation": (), "filters": 8, "normalisation": "instance",
+    "head_dropout": False,
     "iterations": 11, "batch": (1, 2),
     "learning_rate": 0.1, "lr_schedule": "poly", "momentum": 0.8, "weight_decay": 0.0, "beta_max": 0.5,
     "ramp_iterations": 300, "check_from": 5, "check_every": 5, "precision": "float32", "threads": 2,
@@ -213,7 +214,7 @@ def test_every_setting_is_in_the_key(name):
 
 
 def test_settings_added_later_leave_the_keys_of_before_alone():
-    """Committed results would otherwise not be adopted; this key was computed before there was `normalisation`."""
+    """Committed results would otherwise not be adopted; this key was computed before there were `normalisation` and `head_dropout`."""
     assert key(example()) == "0c17c412d7dd622f"
 
 

@@ -31,7 +31,7 @@ from mlrpl.methods.parts import (
 from mlrpl.methods.ssnet import MEMORIES, RADIUS, WIDTH, ClassMemory
 from mlrpl.methods.uamt import certainty_threshold, masked_consistency
 from mlrpl.methods.urpc import pyramid_consistency
-from mlrpl.networks import VNet, count_parameters
+from mlrpl.networks import Encoder, VNet, count_parameters
 from mlrpl.optimisation import make_optimizer, optimise
 from mlrpl.precision import Precision, worst_layer
 from mlrpl.reliability import entropy
@@ -602,6 +602,15 @@ def test_every_method_learns_with_instance_normalisation(name: str) -> None:
         terms = train_step(method, optimizer, batch, iteration)
         assert all(torch.isfinite(term).all() for term in terms.values())
     assert not torch.equal(method.network.encoder.stages[0][0].weight, before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_do_without_dropout_before_its_heads(name: str) -> None:
+    method = make(name, head_dropout=False)
+    bottlenecks = [encoder.dropout for encoder in method.modules() if isinstance(encoder, Encoder)]
+    left = [module for module in method.modules() if isinstance(module, nn.Dropout3d) and module not in bottlenecks]
+    assert all(isinstance(dropout, nn.Dropout3d) for dropout in bottlenecks)
+    assert len(left) == (4 if name == "urpc" else 0)  # which has its own
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,6 +12,7 @@ from mlrpl.networks import (
     PointwiseConv3d,
     VNet,
     count_parameters,
+    keep_all_channels,
     normalise_instances,
     to_channels_last,
 )
@@ -222,6 +223,16 @@ def test_dropout_is_drawn_in_training_only_and_can_be_left_out():
     assert torch.equal(network(image)[1][0], network(image)[1][0])
     without = tiny(dropout=False).train()
     assert torch.equal(without(image)[1][0], without(image)[1][0])
+
+
+def test_the_heads_dropout_alone_can_be_left_out():
+    network = tiny().train()
+    maps = [torch.randn(2, 2 * 2**level, *(16 // 2**level,) * 3) for level in range(5)]
+    assert not torch.equal(network.decoders[0](maps)[0], network.decoders[0](maps)[0])
+    keep_all_channels(network)
+    assert all(torch.equal(decoder(maps)[0], decoder(maps)[0]) for decoder in network.decoders)
+    image = torch.randn(2, 1, 32, 32, 16)
+    assert not torch.equal(network.encoder(image)[-1], network.encoder(image)[-1])  # the bottleneck's is still there
 
 
 def test_every_encoder_map_reaches_the_logits():

@@ -409,7 +409,7 @@ def test_the_control_is_mlrpl_without_the_mutual_loss_and_nothing_else(store, tm
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.unused_settings])
 def test_settings_that_a_method_says_it_does_not_read_change_nothing(store, tmp_path, method):
-    other = {"beta_max": 0.7, "ramp_iterations": 151}
+    other = {"beta_max": 0.7, "ramp_iterations": 151, "head_dropout": False}
     changed = {name: other[name] for name in METHODS[method].unused_settings}
     reference = train(example(method), store, tmp_path / "reference")
     assert_undisturbed(train(example(method, **changed), store, tmp_path / "changed"), reference)

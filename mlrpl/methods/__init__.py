@@ -18,7 +18,7 @@ from mlrpl.methods.ssnet import SSNet
 from mlrpl.methods.uamt import UAMT
 from mlrpl.methods.urpc import URPC
 from mlrpl.methods.vnet import SupervisedVNet
-from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes, normalise_instances
+from mlrpl.networks import STRIDE, Decoder, Encoder, counted_volumes, keep_all_channels, normalise_instances
 
 __all__ = [
     "METHODS",
@@ -124,6 +124,8 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
         raise StudyError(f"run {run.name}: {run.method} has no loss(self, batch, step)")
     if run.settings.normalisation == "instance":
         normalise_instances(built)
+    if not run.settings.head_dropout:
+        keep_all_channels(built)
     return built
 
 

@@ -73,6 +73,7 @@ class URPC(Method):
 
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
     replayable: ClassVar[bool] = True
+    unused_settings: ClassVar[frozenset[str]] = frozenset({"head_dropout"})  # its heads' is the method's own
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:
         super().__init__(settings, in_channels, num_classes)
