@@ -214,7 +214,7 @@ def test_every_setting_is_in_the_key(name):
 
 
 def test_settings_added_later_leave_the_keys_of_before_alone():
-    """Committed results would otherwise not be adopted; this key was computed before there were `normalisation` and `head_dropout`."""
+    """Committed results would otherwise not be adopted; this key was computed before any of them."""
     assert key(example()) == "0c17c412d7dd622f"
 
 
