@@ -1,0 +1,147 @@
+"""What the dropout before each head leaves of a volume's channels, and what that does to the losses.
+
+In training each of the `filters` channels before a head is dropped at even odds, anew for each volume and decoder
+(`mlrpl.networks.Decoder`). A draw that leaves one or none takes from the decoder what it knows of that volume: both
+losses jump, in that iteration, whatever the images show. With 16 filters, two decoders and four volumes, one in 60
+iterations leaves some volume two channels or fewer; with 8 filters seven in ten do.
+
+    python -m mlrpl.channels STUDY RUN               the log of a run trained on a CPU, beside its draws
+    python -m mlrpl.channels STUDY RUN --batches 12  a run's final weights, at draws of every kind
+
+A run's folder must be at hand. Rows are printed as CSV.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlrpl.config import Run
+from mlrpl.data import Batch
+from mlrpl.losses import batch_dice
+from mlrpl.methods import Method
+from mlrpl.networks import DEPTHS
+from mlrpl.precision import Precision, computing
+from mlrpl.reliability import mutual_loss
+from mlrpl.study import Workplace, trained
+from mlrpl.training import make_batches, seed_iteration
+
+CPU = torch.device("cpu")
+FEW = range(4)  # channels kept, of which `redrawn` makes draws
+AGAIN = 3  # draws of each kind a batch
+
+
+def drawn(run: Run, iteration: int, decoders: int = 2) -> Tensor:
+    """Channels that were kept before each head in one iteration of a run on a CPU: (decoders, volumes), integers.
+
+    Only for methods whose step is one pass through encoder and decoders, as MLRPL's, MC-Net's and V-Net's: their draws
+    follow from seed and iteration, the bottleneck's first.
+    """
+    seed_iteration(run.seed, iteration, CPU)
+    volumes, filters = sum(run.settings.batch), run.settings.filters
+    F.dropout3d(torch.ones(volumes, filters * 2 ** (len(DEPTHS) - 1), 1, 1, 1))
+    maps = [F.dropout3d(torch.ones(volumes, filters, 1, 1, 1)) for _ in range(decoders)]
+    return torch.stack([(kept > 0).sum((1, 2, 3, 4)) for kept in maps])
+
+
+def beside_log(run: Run, log: Path, decoders: int = 2) -> pd.DataFrame:
+    """Losses of a run on a CPU by the fewest channels that any volume was left before any head; a row a number.
+
+    The first tenth of the run, in which all losses are high, is left out.
+    """
+    rows = pd.read_csv(log)
+    rows = rows[rows["iteration"] > run.settings.iterations / 10]
+    fewest = [int(drawn(run, iteration, decoders).min()) for iteration in rows["iteration"]]
+    return _summary(rows.assign(kept=fewest), run)
+
+
+def redrawn(method: Method, batches: Iterator[Batch], precision: Precision) -> pd.DataFrame:
+    """Mutual loss and Dice of batches in training mode, with draws made on purpose before the heads; a row a draw.
+
+    Each draw leaves one volume in one decoder `kept` channels and all others more; -1: nothing is dropped. The
+    bottleneck's dropout is drawn once a batch.
+
+    Args:
+        method: MLRPL, with trained weights, on the CPU; is put into training mode.
+        batches: what to feed.
+        precision: to compute in.
+    """
+    method.train()
+    network, rows = method.network, []
+    filters = method.settings.filters
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        volumes = len(batch.image)
+        with torch.no_grad(), computing(CPU, precision):
+            maps = network.encoder(batch.image.to(memory_format=torch.channels_last_3d))
+            whole = [decoder.levels(maps)[-1] for decoder in network.decoders]
+            for kept in (-1, *[kept for kept in FEW if kept < filters / 2] * AGAIN):
+                masks = _masks(len(whole), volumes, filters, kept)
+                features = [each * mask.to(each.dtype) for each, mask in zip(whole, masks, strict=True)]
+                logits = [decoder.head(f) for decoder, f in zip(network.decoders, features, strict=True)]
+                rows.append(
+                    {
+                        "batch": number,
+                        "kept": kept,
+                        "mutual": mutual_loss(logits, features).item(),
+                        "dice": batch_dice(logits[0][: len(batch.label)], batch.label).item(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _masks(decoders: int, volumes: int, filters: int, kept: int) -> Tensor:
+    """(decoders, volumes, filters, 1, 1, 1): 0 where dropped, else 2, as dropout scales; all 1 where `kept` is -1."""
+    if kept < 0:
+        return torch.ones(decoders, volumes, filters, 1, 1, 1)
+    while True:
+        masks = (torch.rand(decoders * volumes, filters) < 0.5).float()
+        if masks.sum(1).min() > kept:
+            break
+    row = int(torch.randint(len(masks), ()))
+    masks[row] = 0
+    masks[row, torch.randperm(filters)[:kept]] = 1
+    return 2 * masks.view(decoders, volumes, filters, 1, 1, 1)
+
+
+def _summary(rows: pd.DataFrame, run: Run) -> pd.DataFrame:
+    grouped = rows.groupby("kept")
+    found = grouped.agg(
+        n=("mutual", "size"),
+        mutual_median=("mutual", "median"),
+        mutual_90=("mutual", lambda values: values.quantile(0.9)),
+        mutual_max=("mutual", "max"),
+        dice_median=("dice", "median"),
+        dice_10=("dice", lambda values: values.quantile(0.1)),
+    )
+    return found.reset_index().assign(run=run.name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a run's rows."""
+    parser = argparse.ArgumentParser("python -m mlrpl.channels", description="Losses by channels that dropout left.")
+    parser.add_argument("study")
+    parser.add_argument("run")
+    parser.add_argument("--runs", default="runs", help="folder of runs")
+    parser.add_argument("--batches", type=int, default=0, help="feed so many to the final weights; 0: read the log")
+    asked = parser.parse_args(arguments)
+    place = Workplace(asked.study, asked.runs)
+    job = place.job(asked.run)
+    if asked.batches:
+        method, precision = trained(job, place.store, CPU)
+        batches = make_batches(job.run, place.store, method)
+        after = job.run.settings.iterations  # what training did not see
+        found = redrawn(method, (batches(after + 1 + n) for n in range(asked.batches)), precision)
+        found = found.assign(run=job.run.name)
+    else:
+        found = beside_log(job.run, job.folder / "log.csv")
+    found.to_csv(sys.stdout, index=False, float_format="%.4g")
+
+
+if __name__ == "__main__":
+    main()

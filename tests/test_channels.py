@@ -1,0 +1,83 @@
+"""Which channels a step's dropout left is told right, and draws made on purpose are what they say."""
+
+import io
+
+import pandas as pd
+import pytest
+import torch
+from test_training import example, train
+
+from mlrpl import channels
+from mlrpl.channels import FEW, beside_log, drawn, redrawn
+from mlrpl.config import Dataset
+from mlrpl.data import Store, prepare
+from mlrpl.methods import Step
+from mlrpl.precision import Precision
+from mlrpl.reliability import mutual_loss
+from mlrpl.study import Workplace
+from mlrpl.training import make_batches, make_method, read_log, seed_iteration
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    dataset = Dataset(name="tiny", source="phantom", options={"train": 4, "test": 1, "size": [24, 24, 16]})
+    return prepare(dataset, None, tmp_path_factory.mktemp("stores") / "tiny")
+
+
+@pytest.mark.parametrize(("name", "decoders"), [("mlrpl", 2), ("vnet", 1)])
+def test_the_draws_are_those_of_the_step(store, name, decoders):
+    run = example(name, filters=8, seed=3)
+    method = make_method(run, store, CPU).train()
+    batches, seen = make_batches(run, store, method), []
+    for decoder in method.network.decoders:
+        decoder.dropout.register_forward_hook(lambda _, inputs, kept: seen.append(kept.ne(0).any(4).any(3).any(2)))
+    for iteration in (1, 2, 7):
+        generator = seed_iteration(run.seed, iteration, CPU)
+        method.loss(batches(iteration), Step(iteration, 12, generator))
+        found = torch.stack(seen).sum(2)
+        assert torch.equal(drawn(run, iteration, decoders), found)
+        assert found.shape == (decoders, 4) and 0 < found.float().mean() < 8
+        seen.clear()
+
+
+def test_a_log_beside_its_draws(store, tmp_path):
+    run = example(iterations=40, filters=4)
+    folder = train(run, store, tmp_path)
+    rows = beside_log(run, folder / "log.csv")
+    log = [row for row in read_log(folder / "log.csv") if int(row["iteration"]) > 4]
+    assert rows["n"].sum() == len(log) == 36
+    for row in rows.to_dict("records"):
+        same = [float(of["mutual"]) for of in log if int(drawn(run, int(of["iteration"])).min()) == row["kept"]]
+        assert len(same) == row["n"] and max(same) == pytest.approx(row["mutual_max"])
+
+
+def test_draws_made_on_purpose(store):
+    for kept in FEW:
+        masks = channels._masks(2, 4, 16, kept)
+        left = (masks > 0).sum((2, 3, 4, 5)).flatten().tolist()
+        assert sorted(left)[0] == kept < sorted(left)[1]
+        assert set(masks.unique().tolist()) == {0.0, 2.0}
+    run = example(filters=4)
+    method = make_method(run, store, CPU)
+    batches = make_batches(run, store, method)
+    rows = redrawn(method, (batches(n) for n in (1, 2)), Precision("float32"))
+    assert rows["kept"].value_counts().to_dict() == {-1: 2, 0: 6, 1: 6}  # of 4 channels no draw leaves every volume 3
+    torch.manual_seed(0)
+    maps = method.network.encoder(batches(1).image)
+    whole = [decoder.levels(maps)[-1] for decoder in method.network.decoders]
+    logits = [decoder.head(features) for decoder, features in zip(method.network.decoders, whole, strict=True)]
+    assert rows["mutual"].iloc[0] == pytest.approx(mutual_loss(logits, whole).item(), rel=1e-5)
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = Workplace("smoke")
+    place.train("mlrpl-2-s0", "cpu")
+    channels.main(["smoke", "mlrpl-2-s0"])
+    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert rows["n"].sum() == 6 and set(rows["run"]) == {"mlrpl-2-s0"}
+    channels.main(["smoke", "mlrpl-2-s0", "--batches", "1"])
+    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert rows["kept"].tolist() == [-1, *[0, 1] * channels.AGAIN] and rows["mutual"].notna().all()
