@@ -6,14 +6,14 @@ losses jump, in that iteration, whatever the images show. With 16 filters, two d
 iterations leaves some volume two channels or fewer; with 8 filters seven in ten do.
 
     python -m mlrpl.channels STUDY RUN               the log of a run trained on a CPU, beside its draws
-    python -m mlrpl.channels STUDY RUN --batches 12  a run's final weights, at draws of every kind
+    python -m mlrpl.channels STUDY RUN --batches 20  a run's final weights, the draws made anew
 
 A run's folder must be at hand. Rows are printed as CSV.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -32,8 +32,7 @@ from mlrpl.study import Workplace, trained
 from mlrpl.training import make_batches, seed_iteration
 
 CPU = torch.device("cpu")
-FEW = range(4)  # channels kept, of which `redrawn` makes draws
-AGAIN = 3  # draws of each kind a batch
+DRAWS = 25  # of each batch
 
 
 def drawn(run: Run, iteration: int, decoders: int = 2) -> Tensor:
@@ -60,53 +59,40 @@ def beside_log(run: Run, log: Path, decoders: int = 2) -> pd.DataFrame:
     return _summary(rows.assign(kept=fewest), run)
 
 
-def redrawn(method: Method, batches: Iterator[Batch], precision: Precision) -> pd.DataFrame:
-    """Mutual loss and Dice of batches in training mode, with draws made on purpose before the heads; a row a draw.
+def redrawn(method: Method, batches: Iterable[Batch], precision: Precision, draws: int) -> pd.DataFrame:
+    """Mutual loss and Dice of batches in training mode, the dropout before the heads drawn anew; a row a draw.
 
-    Each draw leaves one volume in one decoder `kept` channels and all others more; -1: nothing is dropped. The
-    bottleneck's dropout is drawn once a batch.
+    `kept` is the fewest channels that any volume was left before any head; the first row of each batch is without that
+    dropout, so it is all of them. The bottleneck's dropout is drawn once a batch.
 
     Args:
         method: MLRPL, with trained weights, on the CPU; is put into training mode.
         batches: what to feed.
         precision: to compute in.
+        draws: for each batch.
     """
     method.train()
-    network, rows = method.network, []
-    filters = method.settings.filters
+    network, filters, rows = method.network, method.settings.filters, []
     for number, batch in enumerate(batches):
         torch.manual_seed(number)
-        volumes = len(batch.image)
+        ones = torch.ones(len(network.decoders), len(batch.image), filters, 1, 1, 1)
         with torch.no_grad(), computing(CPU, precision):
             maps = network.encoder(batch.image.to(memory_format=torch.channels_last_3d))
             whole = [decoder.levels(maps)[-1] for decoder in network.decoders]
-            for kept in (-1, *[kept for kept in FEW if kept < filters / 2] * AGAIN):
-                masks = _masks(len(whole), volumes, filters, kept)
+            for draw in range(draws + 1):
+                masks = torch.stack([F.dropout3d(each) for each in ones]) if draw else ones
                 features = [each * mask.to(each.dtype) for each, mask in zip(whole, masks, strict=True)]
                 logits = [decoder.head(f) for decoder, f in zip(network.decoders, features, strict=True)]
                 rows.append(
                     {
                         "batch": number,
-                        "kept": kept,
+                        "draw": draw,
+                        "kept": int((masks > 0).sum(2).min()),
                         "mutual": mutual_loss(logits, features).item(),
                         "dice": batch_dice(logits[0][: len(batch.label)], batch.label).item(),
                     }
                 )
     return pd.DataFrame(rows)
-
-
-def _masks(decoders: int, volumes: int, filters: int, kept: int) -> Tensor:
-    """(decoders, volumes, filters, 1, 1, 1): 0 where dropped, else 2, as dropout scales; all 1 where `kept` is -1."""
-    if kept < 0:
-        return torch.ones(decoders, volumes, filters, 1, 1, 1)
-    while True:
-        masks = (torch.rand(decoders * volumes, filters) < 0.5).float()
-        if masks.sum(1).min() > kept:
-            break
-    row = int(torch.randint(len(masks), ()))
-    masks[row] = 0
-    masks[row, torch.randperm(filters)[:kept]] = 1
-    return 2 * masks.view(decoders, volumes, filters, 1, 1, 1)
 
 
 def _summary(rows: pd.DataFrame, run: Run) -> pd.DataFrame:
@@ -136,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         method, precision = trained(job, place.store, CPU)
         batches = make_batches(job.run, place.store, method)
         after = job.run.settings.iterations  # what training did not see
-        found = redrawn(method, (batches(after + 1 + n) for n in range(asked.batches)), precision)
+        found = redrawn(method, (batches(after + 1 + n) for n in range(asked.batches)), precision, DRAWS)
         found = found.assign(run=job.run.name)
     else:
         found = beside_log(job.run, job.folder / "log.csv")
