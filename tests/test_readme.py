@@ -234,6 +234,35 @@ def test_left_atrium_against_its_control():
             assert with_interval(cell, measured("la", variant, 8, *chosen)[[seed]].sub(of_control[0], axis=0)), cell
 
 
+def test_spikes_and_the_dropout_before_the_heads():
+    whole, drawn, _ = table("results/README.md", "## The dropout before the heads")
+    rows = pd.read_csv(ROOT / "results/la/kept-channels.csv")
+    for cells, mutual in (
+        (whole, rows.loc[rows["draw"] == 0, "mutual"]),
+        (drawn, rows.loc[rows["draw"] > 0, "mutual"]),
+    ):
+        figures = [*mutual.quantile([0.5, 0.9, 0.98]), mutual.max(), 100 * (mutual > 0.1).mean()]
+        for cell, figure in zip(cells[1:], figures, strict=True):
+            assert says(cell, figure) or cell == "", cells
+    kept = pd.read_csv(ROOT / "results/la-half/kept-channels.csv").pivot(index="kept", columns="run")
+    mlrpl, control = "mlrpl-instance-8-s1", "control-instance-8-s1"
+    for fewest, iterations, *cells in table("results/README.md", "(`la-half/kept-channels.csv`)"):
+        row = kept.loc[int(fewest)]
+        assert says(iterations.replace(",", ""), row["n", mlrpl]) and row["n", mlrpl] == row["n", control]
+        losses = row["mutual_median", mlrpl], row["mutual_median", control]
+        dice = 100 * row["dice_10", mlrpl], 100 * row["dice_10", control]
+        assert all(says(cell, figure) for cell, figure in zip(cells, (*losses, *dice), strict=True)), fewest
+
+
+def test_the_first_iterations_without_the_dropout_before_the_heads():
+    variants = titles("hippocampus-start", 20)
+    cells = table("results/README.md", "(`hippocampus-start`)")
+    assert {name for name, *_ in cells} == set(variants)
+    for name, *row in cells:
+        seeds = measured("hippocampus-start", variants[name], 20).mean()
+        assert says(" ".join(row), *seeds), name
+
+
 def test_hippocampus_with_5_labelled():
     variants = titles("hippocampus", 5)
     for name, last, own, best, distance in table("results/README.md", "Seed 0 of each; three were trained on another"):
