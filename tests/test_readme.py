@@ -149,7 +149,9 @@ def test_the_table_of_differences(number, pairs):
     assert says(ahead, (seeds > 0).sum(), len(seeds)), ahead
 
 
-HALF = ("mlrpl", "control", "vnet", "control-labelled", "mlrpl-instance", "control-instance")
+HALF = (
+    "mlrpl", "control", "vnet", "control-labelled", "mlrpl-instance", "control-instance", "mlrpl-one", "mlrpl-one-kept",
+)  # fmt: skip
 
 
 def test_left_atrium_at_half_resolution():
