@@ -163,6 +163,7 @@ def propose(name: str, found: Found, device: str) -> str:
         "test": "labelled imagesTs are the test cases" if found.tests else "cross-validation instead of test cases",
         "spacing": "the median, mm" if spacing else "all images are about alike: each keeps its voxels",
         "mirror": "classes have a side" if sided else "left and right, at even odds; [] if a class is of one side",
+        "dropout": "of 8 channels the published dropout may leave none" if short else "as published",
         "beta": "short runs need a low weight of the mutual loss" if short else "as published",
     }
     others = [m for m in ("vnet", "mlrpl") if m != method]
@@ -189,6 +190,7 @@ settings:
   stride: {_yaml([side // 2 for side in patch])}
   augmentation: {"[]" if sided else "[mirror]"}  # {lines["mirror"]}
   filters: {8 if short else 16}
+  head_dropout: {_yaml(not short)}  # {lines["dropout"]}
   normalisation: instance  # batch is as published; with few labels its running averages may fit no volume
   iterations: {3000 if short else 15000}
   beta_max: {0.1 if short else 1.0}  # {lines["beta"]}
