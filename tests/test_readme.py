@@ -151,6 +151,7 @@ def test_the_table_of_differences(number, pairs):
 
 HALF = (
     "mlrpl", "control", "vnet", "control-labelled", "mlrpl-instance", "control-instance", "mlrpl-one", "mlrpl-one-kept",
+    "mlrpl-kept",
 )  # fmt: skip
 
 
