@@ -238,12 +238,11 @@ def test_left_atrium_against_its_control():
 
 
 def test_spikes_and_the_dropout_before_the_heads():
-    whole, drawn, _ = table("results/README.md", "## The dropout before the heads")
     rows = pd.read_csv(ROOT / "results/la/kept-channels.csv")
-    for cells, mutual in (
-        (whole, rows.loc[rows["draw"] == 0, "mutual"]),
-        (drawn, rows.loc[rows["draw"] > 0, "mutual"]),
-    ):
+    whole, drawn = rows.loc[rows["draw"] == 0, "mutual"], rows.loc[rows["draw"] > 0, "mutual"]
+    trained = pd.read_csv(ROOT / "results/la/mutual-end.csv")["mutual"]
+    lines = table("results/README.md", "## The dropout before the heads")
+    for cells, mutual in zip(lines, (whole, drawn, trained), strict=True):
         figures = [*mutual.quantile([0.5, 0.9, 0.98]), mutual.max(), 100 * (mutual > 0.1).mean()]
         for cell, figure in zip(cells[1:], figures, strict=True):
             assert says(cell, figure) or cell == "", cells
