@@ -118,6 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     place = Workplace(asked.study, asked.runs)
     job = place.job(asked.run)
+    if job.run.method != "mlrpl" or not job.run.settings.head_dropout:
+        parser.error(f"{asked.run}: only runs of mlrpl with dropout before the heads")
+    if not asked.batches and not job.provenance["train"]["device"].startswith("CPU"):
+        parser.error(f"{asked.run} was trained on a GPU, whose draws are not known afterwards: give --batches")
     if asked.batches:
         method, precision = trained(job, place.store, CPU)
         batches = make_batches(job.run, place.store, method)

@@ -77,6 +77,14 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     channels.main(["smoke", "mlrpl-2-s0"])
     rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert rows["n"].sum() == 6 and set(rows["run"]) == {"mlrpl-2-s0"}
+    with pytest.raises(SystemExit):
+        channels.main(["smoke", "vnet-2-s0"])
+    assert "vnet-2-s0: only runs of mlrpl" in capsys.readouterr().err
+    provenance = place.job("mlrpl-2-s0").folder / "provenance.json"
+    provenance.write_text(provenance.read_text().replace('"device": "CPU', '"device": "Some GPU'))
+    with pytest.raises(SystemExit):
+        channels.main(["smoke", "mlrpl-2-s0"])
+    assert "trained on a GPU" in capsys.readouterr().err
     channels.main(["smoke", "mlrpl-2-s0", "--batches", "1"])
     rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert len(rows) == 1 + channels.DRAWS and rows["kept"].iloc[0] == 4 and rows["mutual"].notna().all()
