@@ -56,7 +56,15 @@ def beside_log(run: Run, log: Path, decoders: int = 2) -> pd.DataFrame:
     rows = pd.read_csv(log)
     rows = rows[rows["iteration"] > run.settings.iterations / 10]
     fewest = [int(drawn(run, iteration, decoders).min()) for iteration in rows["iteration"]]
-    return _summary(rows.assign(kept=fewest), run)
+    found = rows.assign(kept=fewest).groupby("kept", as_index=False)
+    return found.agg(
+        n=("mutual", "size"),
+        mutual_median=("mutual", "median"),
+        mutual_90=("mutual", lambda values: values.quantile(0.9)),
+        mutual_max=("mutual", "max"),
+        dice_median=("dice", "median"),
+        dice_10=("dice", lambda values: values.quantile(0.1)),
+    )
 
 
 def redrawn(method: Method, batches: Iterable[Batch], precision: Precision, draws: int) -> pd.DataFrame:
@@ -95,19 +103,6 @@ def redrawn(method: Method, batches: Iterable[Batch], precision: Precision, draw
     return pd.DataFrame(rows)
 
 
-def _summary(rows: pd.DataFrame, run: Run) -> pd.DataFrame:
-    grouped = rows.groupby("kept")
-    found = grouped.agg(
-        n=("mutual", "size"),
-        mutual_median=("mutual", "median"),
-        mutual_90=("mutual", lambda values: values.quantile(0.9)),
-        mutual_max=("mutual", "max"),
-        dice_median=("dice", "median"),
-        dice_10=("dice", lambda values: values.quantile(0.1)),
-    )
-    return found.reset_index().assign(run=run.name)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print a run's rows."""
     parser = argparse.ArgumentParser("python -m mlrpl.channels", description="Losses by channels that dropout left.")
@@ -127,10 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
         batches = make_batches(job.run, place.store, method)
         after = job.run.settings.iterations  # what training did not see
         found = redrawn(method, (batches(after + 1 + n) for n in range(asked.batches)), precision, DRAWS)
-        found = found.assign(run=job.run.name)
     else:
         found = beside_log(job.run, job.folder / "log.csv")
-    found.to_csv(sys.stdout, index=False, float_format="%.4g")
+    found.assign(run=asked.run).to_csv(sys.stdout, index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
