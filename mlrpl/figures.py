@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import numpy as np
@@ -30,9 +30,11 @@ from mlrpl.drawing import (
     styled,
     write_fitted,
 )
+from mlrpl.methods import METHODS
 from mlrpl.tables import chosen, comparison, per_case, titled
 
 MOST_COLUMNS = 6  # of methods in a row of contours
+SUPERVISED = {name for name, method in METHODS.items() if not method.uses_unlabelled}
 CURVES = {  # of a run's log: title and scale
     "supervised": ("Supervised loss", 1),
     "mutual": ("Unsupervised loss", 1),
@@ -49,30 +51,30 @@ class Series:
     labelled: int
     name: str
     colour: str
-    line: str
+    line: str | tuple[int, tuple[float, ...]]  # as Matplotlib takes it
     runs: list[str]
 
 
 def panels(runs: pd.DataFrame) -> list[tuple[int, list[Series]]]:
-    """Series of each number of labelled cases at which titles are compared.
+    """Series of each number of labelled cases.
 
-    A title alone at its number, such as V-Net with all labels, is a reference: dashed, in every panel.
+    A supervised method alone at its number, V-Net with all labels, is a reference: dashed, in the panels of the others.
     """
     colour = colours(runs["title"])
     groups: dict[int, list[Series]] = {}
-    for (labelled, title), same in runs.groupby(["labelled", "title"], sort=False):
-        groups.setdefault(labelled, []).append(Series(title, labelled, title, colour[title], "-", same["run"].tolist()))
-    compared = {labelled: group for labelled, group in sorted(groups.items()) if len(group) > 1}
-    if not compared:
-        return sorted(groups.items())
-    references = [
-        Series(
-            alone.title, alone.labelled, f"{alone.title}, {labelled} labelled", alone.colour, (0, (4, 1.5)), alone.runs
-        )
-        for labelled, (alone, *others) in sorted(groups.items())
-        if not others
+    references: dict[int, Series] = {}
+    for labelled, titles in runs.groupby("labelled"):
+        groups[labelled] = [
+            Series(title, labelled, title, colour[title], "-", same["run"].tolist())
+            for title, same in titles.groupby("title", sort=False)
+        ]
+        if len(groups[labelled]) == 1 and set(titles["method"]) <= SUPERVISED:
+            (alone,) = groups[labelled]
+            references[labelled] = replace(alone, name=f"{alone.title}, {labelled} labelled", line=(0, (4, 1.5)))
+    shown = [
+        (labelled, group + [*references.values()]) for labelled, group in groups.items() if labelled not in references
     ]
-    return [(labelled, group + references) for labelled, group in compared.items()]
+    return shown or list(groups.items())
 
 
 def smoothed(curve: pd.Series) -> pd.Series:

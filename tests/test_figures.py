@@ -98,7 +98,7 @@ def assert_tidy(figure, monkeypatch):
 # Who is drawn, and how
 
 
-def test_titles_compared_at_a_ratio_share_a_panel_and_a_lone_one_is_its_dashed_reference():
+def test_titles_of_a_number_share_a_panel_and_a_lone_supervised_one_is_the_dashed_reference_of_all():
     _, runs, _, _ = study({8: ["V-Net", "MLRPL"], **TOUR}, seeds=2)
     drawn = panels(runs)
     assert [labelled for labelled, _ in drawn] == [4, 8]
@@ -108,7 +108,15 @@ def test_titles_compared_at_a_ratio_share_a_panel_and_a_lone_one_is_its_dashed_r
     assert drawn[0][1][-1].runs == ["V-Net-40-s0", "V-Net-40-s1"]
 
 
-def test_lone_titles_alone_are_compared_with_themselves():
+def test_a_lone_method_that_learns_from_unlabelled_volumes_is_no_reference_but_has_a_panel():
+    _, runs, _, _ = study({8: ["MLRPL"], **TOUR})
+    assert [(labelled, [series.name for series in group]) for labelled, group in panels(runs)] == [
+        (4, [*TOUR[4], "V-Net, 40 labelled"]),
+        (8, ["MLRPL", "V-Net, 40 labelled"]),
+    ]
+
+
+def test_lone_references_alone_have_a_panel_each():
     _, runs, _, _ = study({8: ["V-Net"], 4: ["V-Net"]})
     assert [(labelled, len(group), group[0].line) for labelled, group in panels(runs)] == [(4, 1, "-"), (8, 1, "-")]
 
