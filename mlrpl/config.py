@@ -93,8 +93,8 @@ class Settings(Model):
     batch: tuple[Side, Annotated[int, Field(ge=0, le=4096)]] = (2, 2)
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     lr_schedule: Literal["constant", "poly", "step"] = "constant"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     beta_max: Annotated[float, Field(ge=0)] = 1.0
     ramp_iterations: Annotated[Whole, Field(gt=0)] = 6_000
     check_from: Annotated[Whole, Field(gt=0)] = 800
@@ -199,6 +199,15 @@ class Ablation(Model):
         unchanged = [v.variant for v in variants if not v.settings and not v.options]
         if len(unchanged) != 1:
             raise ValueError(f"one variant must change nothing (no settings, no options), not {len(unchanged)}")
+        return variants
+
+    @field_validator("variants")
+    @classmethod
+    def told_apart(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        """By their titles, which are the rows of the ablation's table."""
+        titles = [v.title for v in variants]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"two variants have the title {twice[0]!r}: its table could not tell them apart")
         return variants
 
     def entries(self) -> Iterator[RunEntry]:
@@ -486,7 +495,14 @@ def load_study(name: str) -> Study:
     if twice := {n for n in names if names.count(n) > 1}:
         raise StudyError(f"study {study.name}: two runs are named {sorted(twice)[0]}: give them different variants")
     titles: dict[tuple[str, int], str] = {}
+    variants: dict[tuple[str, int], tuple[Any, ...]] = {}
     for run in study.runs():
+        trained = (run.method, run.options, run.settings, run.title)
+        if variants.setdefault((run.variant, run.labelled), trained) != trained:
+            raise StudyError(
+                f"study {study.name}: {run.variant} with {run.labelled} labelled stands for two trainings or titles, "
+                "which tables would take for seeds of one: give them different variants"
+            )
         if not run.ablation and titles.setdefault((run.title, run.labelled), run.variant) != run.variant:
             raise StudyError(
                 f"study {study.name}: {run.variant} and {titles[run.title, run.labelled]} have one title, "

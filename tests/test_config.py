@@ -127,6 +127,11 @@ RUNS = STUDY["runs"]
     ({"settings": {"augmentation": ["zoom"]}}, "settings.augmentation.0"),
     ({"settings": {"precision": "half"}}, "settings.precision"),
     ({"settings": {"momentum": ".9x"}}, "settings.momentum"),
+    ({"settings": {"momentum": 1}}, "settings.momentum: Input should be less than 1"),
+    ({"settings": {"weight_decay": -1}}, "settings.weight_decay: Input should be greater than or equal to 0"),
+    ({"ablations": [{"name": "a", "title": "A", "axis": "a", "labelled": 2, "variants": [
+        {"variant": "a", "title": "Same"}, {"variant": "b", "title": "Same", "options": {"gamma": 1}},
+    ]}]}, "ablations.0.variants: Value error, two variants have the title 'Same'"),
     ({"title": None}, "title: Input should be a valid string"),
     ({"name": "no spaces please"}, "name: String should match pattern"),
     ({"colour": "blue"}, "colour: there is no such setting"),
@@ -160,6 +165,18 @@ def test_the_first_of_several_problems_is_named_and_the_others_counted(written):
 def test_two_runs_of_one_name_are_refused(written):
     assert "two runs are named mlrpl-4-s0" in complaint(written(runs=[*RUNS, {**RUNS[0], "labelled": 4}]))
     assert "two runs are named mlrpl-2-s0" in complaint(written(runs=[{**RUNS[0], "labelled": [2, 2]}]))
+
+
+@pytest.mark.parametrize("other", [{"settings": {"beta_max": 0}}, {"options": {"gamma": 1}}, {"title": "Another"}])
+def test_a_variant_is_one_training_whatever_the_seed(written, other):
+    """A line copied for a further seed without its settings would be averaged with what it is not."""
+    first = {"variant": "mine", "method": "mlrpl", "title": "Mine", "labelled": 2}
+    second = {**first, "seeds": [1]}
+    assert "mine with 2 labelled stands for two trainings or titles" in complaint(
+        written(runs=[first, {**second, **other}])
+    )
+    names = [run.name for run in load_study(written(runs=[first, second])).runs()]
+    assert names == ["mine-2-s0", "mine-2-s1"]
 
 
 @pytest.mark.parametrize("text", ["name: [unclosed", "a: b: c", "\tname: x", ""], ids=range(4))
@@ -305,6 +322,11 @@ def test_a_method_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch
     ({"selection": "best"}, "run mlrpl-2-s0: unknown selection 'best'"),
     ({"weighting": "best"}, "run mlrpl-2-s0: unknown weighting 'best'"),
     ({"selection": "threshold"}, "run mlrpl-2-s0: selection \"threshold\" needs a threshold"),
+    ({"threshold": 0.9}, "run mlrpl-2-s0: threshold is read by selection \"threshold\" alone, not by \"wr\""),
+    ({"upsamplings": []}, "run mlrpl-2-s0: upsamplings must name a decoder"),
+    ({"gamma": "0.5"}, "run mlrpl-2-s0: gamma of mlrpl must be a number, not '0.5'"),
+    ({"gamma": True}, "run mlrpl-2-s0: gamma of mlrpl must be a number, not True"),
+    ({"weighting": 1}, "run mlrpl-2-s0: weighting of mlrpl must be text, not 1"),
 ])  # fmt: skip
 def test_a_wrong_option_is_named_before_anything_is_trained(options, expected):
     with pytest.raises(StudyError) as error:

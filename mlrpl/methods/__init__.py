@@ -43,6 +43,8 @@ METHODS: dict[str, type[Method]] = {
     "acmt": ACMT,
     "mlrpl": MLRPL,
 }
+NUMBER = ("a number", {int, float})  # also where the default is whole: 1 and 0.5 are both weights
+KINDS = {bool: ("true or false", {bool}), int: NUMBER, float: NUMBER, str: ("text", {str})}  # of options, by default
 
 
 def find_method(name: str) -> type[Method]:
@@ -98,6 +100,10 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
     if unknown := set(run.options) - set(method.options()):
         known = ", ".join(method.options()) or "none"
         raise StudyError(f"run {run.name}: {run.method} has no option {sorted(unknown)[0]!r} (it has: {known})")
+    for name, value in run.options.items():
+        kind, types = KINDS.get(type(method.options()[name]), ("", {type(value)}))
+        if type(value) not in types:
+            raise StudyError(f"run {run.name}: {name} of {run.method} must be {kind}, not {value!r}")
     if method.needs_unlabelled and not run.settings.batch[1]:
         raise StudyError(f"run {run.name}: {run.method} learns from unlabelled volumes, and batch has none")
     if "decoder1" not in method.outputs or not set(method.outputs) <= set(OUTPUTS):

@@ -54,6 +54,12 @@ class MLRPL(Method):
         upsamplings: tuple[str, ...] = ("deconv", "nearest"),
     ) -> None:
         super().__init__(settings, in_channels, num_classes)
+        if not upsamplings:
+            raise ValueError("upsamplings must name a decoder")
+        if threshold is not None and selection != "threshold":
+            raise ValueError(f'threshold is read by selection "threshold" alone, not by "{selection}"')
+        if len(upsamplings) == 1:  # its mean is itself, and nothing disagrees with it
+            self.outputs = ("decoder1",)
         self.network = self.make_network(tuple(upsamplings))
         self.gamma = gamma
         self.reliability = {"selection": selection, "weighting": weighting, "threshold": threshold}
