@@ -135,13 +135,19 @@ def predict(
     probabilities: Annotated[bool, typer.Option(help="Also write each class's probability.")] = False,
     disagreement: Annotated[bool, typer.Option(help="Also write how far the decoders are apart.")] = False,
     largest: Annotated[bool, typer.Option(help="Keep the largest component of each class alone.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace predictions that are there already.")] = False,
     device: Device = None,
     runs: Runs = "runs",
 ) -> None:
     """Segment images with a trained run; each label map lies on its image's own grid. Not for diagnosis."""
     from mlrpl.steps import predict_images
 
-    options = {"probabilities": probabilities, "disagreement": disagreement, "largest": largest}
+    options = {
+        "probabilities": probabilities,
+        "disagreement": disagreement,
+        "largest": largest,
+        "overwrite": overwrite,
+    }
     if predict_images(run, images, output, device, runs, **options):
         raise typer.Exit(1)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from mlrpl.errors import StudyError
+
 # Columns of our own tables that hold names, whatever these look like: a case "001", a class "2", a study "2024".
 TEXT = (
     "study", "run", "method", "variant", "title", "case", "class", "key", "commit", "ablation", "precision", "device",
@@ -61,9 +63,15 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no readable one."""
+    """A JSON object, or {} where there is none.
+
+    Raises:
+        StudyError: where a file is there but cannot be read: what it records must not pass for undone.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror or error})") from None
     return content if isinstance(content, dict) else {}

@@ -58,7 +58,7 @@ def exhaustion_explained(what: str, advice: str = ADVICE) -> Iterator[None]:
         raise StudyError(f"{what}: {where}; {advice}") from None
 
 
-def is_exhaustion(error: RuntimeError) -> bool:
+def is_exhaustion(error: Exception) -> bool:
     """Whether PyTorch says, in one of its several ways, that memory ran out."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text

@@ -203,19 +203,24 @@ def predict_image(
         if values is not None:
             values[:, planes] = slab.cpu().numpy()
     preparation, geometry = ensemble.store.preparation, prepared.original
-    files = {image.name: _restored_labels(ensemble, prepared, labels, values)}
+    restored = _restored_labels(ensemble, prepared, labels, values)
     if largest:
-        keep_largest(files[image.name], len(classes))
-    paths = [output / f"{image.name}.nii.gz"]
-    write_nifti(paths[0], files[image.name], geometry)
+        keep_largest(restored, len(classes))
+    label_map, *maps = _files(image, output, classes, probabilities, disagreement)
+    write_nifti(label_map, restored, geometry)
+    channels = range(1 if probabilities else len(classes), len(classes) + disagreement)
+    for path, channel in zip(maps, channels, strict=True):
+        write_nifti(path, preparation.restore(values[channel], prepared).astype(np.float32), geometry)
+    return [label_map, *maps]
+
+
+def _files(image: Image, output: Path, classes: Sequence[str], probabilities: bool, disagreement: bool) -> list[Path]:
+    """What is written of an image: the label map, then each foreground class's probability, then the disagreement."""
     slugs = [slug(name) for name in classes]
     alone = len(set(slugs)) == len(slugs)
-    wanted = {f"probability_{slugs[c] if alone else c}": c for c in range(1, len(classes)) if probabilities}
-    wanted |= {"disagreement": len(classes)} if disagreement else {}
-    for what, channel in wanted.items():
-        paths.append(output / f"{image.name}_{what}.nii.gz")
-        write_nifti(paths[-1], preparation.restore(values[channel], prepared).astype(np.float32), geometry)
-    return paths
+    wanted = [f"_probability_{slugs[c] if alone else c}" for c in range(1, len(classes)) if probabilities]
+    wanted += ["_disagreement"] * disagreement
+    return [output / f"{image.name}{what}.nii.gz" for what in ("", *wanted)]
 
 
 def _prepare(ensemble: Ensemble, image: Image) -> Prepared:
@@ -278,6 +283,7 @@ def predict(
     device: torch.device,
     bar: Callable[[str], Progress],
     note: Callable[[str], None] | None = None,
+    overwrite: bool = False,
     **options: bool,
 ) -> dict[str, str]:
     """Predict all images; one that cannot be is named and the others go on.
@@ -290,23 +296,27 @@ def predict(
         device: where to predict.
         bar: makes a progress callback for an image's name.
         note: see `predict_image`.
+        overwrite: whether files that are there already, but no images, may be replaced.
         options: of `predict_image`.
 
     Returns:
         The problem of each image that was not predicted.
 
     Raises:
-        StudyError: where a prediction would take the place of an image or a label, and what `open_ensemble` and
-            `find_images` raise.
+        StudyError: where a prediction would take a file's place, and what `open_ensemble` and `find_images` raise.
     """
     ensemble = open_ensemble(run, runs, device)
     images, problems = find_images(given, ensemble.store.channels), {}
     if output.resolve().name in DATA_FOLDERS:
         raise StudyError(f"{output}: holds a data set; write predictions into a folder of their own")
-    for image in images:
-        target = output / f"{image.name}.nii.gz"
-        if any(target.resolve() == path.resolve() for other in images for path in other.files):
+    maps = {name: options.get(name, False) for name in ("probabilities", "disagreement")}
+    targets = [path for image in images for path in _files(image, output, ensemble.store.classes, **maps)]
+    given_files = {path.resolve() for image in images for path in image.files}
+    for target in targets:
+        if target.resolve() in given_files:
             raise StudyError(f"{target}: is one of the images; write predictions into a folder of their own")
+        if target.exists() and not overwrite:
+            raise StudyError(f"{target}: is there already; name another folder, or add --overwrite to replace it")
     for image in images:
         try:
             predict_image(ensemble, image, output, watch=bar(image.name), note=note, **options)

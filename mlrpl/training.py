@@ -36,7 +36,7 @@ from mlrpl.errors import StoppedError, StudyError
 from mlrpl.evaluation import check_dice
 from mlrpl.files import atomic, write_json
 from mlrpl.interrupt import stop_requests
-from mlrpl.memory import require
+from mlrpl.memory import is_exhaustion, require
 from mlrpl.methods import METHODS, Method, Step, build
 from mlrpl.networks import count_parameters, to_channels_last
 from mlrpl.optimisation import Optimisation, make_optimizer, restore, set_rate
@@ -164,13 +164,17 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """A file of `save`, by PyTorch's restricted unpickler: no code in it is run.
 
     Raises:
-        StudyError: for a file that is damaged or holds anything but tensors and plain values.
+        StudyError: for a file that cannot be read, is damaged, or holds anything but tensors and plain values.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise StudyError(f"{path.name}: not there; train the run first") from None
+    except OSError as error:  # of permissions or of a file system: nothing says that the weights are lost
+        raise StudyError(f"{path.name}: cannot be read ({error.strerror or error})") from None
     except Exception as error:
+        if isinstance(error, MemoryError) or is_exhaustion(error):
+            raise
         raise StudyError(
             f"{path.name}: cannot be read as weights ({type(error).__name__}); delete it and run again"
         ) from None
@@ -300,6 +304,8 @@ class Trainer:
             try:
                 self._restore(state)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                if is_exhaustion(error):
+                    raise
                 raise StudyError(
                     f"{path.name} of run {self.run.name}: lacks something ({type(error).__name__}); "
                     "delete it and run again"

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mlrpl.devices import parse_device, share_devices
+from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.process import MALLOC, cpu_count
 from mlrpl.study import Job, Workplace
@@ -36,7 +37,10 @@ class _Worker:
     slot: int
 
     def show(self) -> None:
-        progress = read_json(self.job.folder / "progress.json")
+        try:
+            progress = read_json(self.job.folder / "progress.json")
+        except StudyError:  # of a shared file system, for a moment: only the bar waits for it
+            return
         if progress.get("iteration", 0) >= self.bar.n:
             self.bar.n = progress.get("iteration", 0)
             if self.bar.n == self.bar.total:

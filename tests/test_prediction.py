@@ -1,5 +1,6 @@
 """Predictions come back on the image's own grid, to the voxel, whatever the format, the axes and the spacing."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,6 +313,16 @@ def test_neither_images_nor_labels_are_written_over(tmp_path, monkeypatch):
         with pytest.raises(StudyError, match="into a folder of their own"):
             predict("x", [tmp_path / "scans"], tmp_path / output, runs="", device=CPU, bar=lambda _: None)
     assert (tmp_path / "scans/p.nii.gz").read_bytes() == before
+    (tmp_path / "labels").mkdir()
+    for name, more in (("p.nii.gz", {}), ("p_probability_left-organ.nii.gz", {"probabilities": True})):
+        (there := tmp_path / "labels" / name).write_bytes(b"drawn by hand")
+        ask = partial(predict, "x", [tmp_path / "scans"], there.parent, runs="", device=CPU, bar=lambda _: None, **more)
+        with pytest.raises(StudyError, match=rf"{name}: is there already; .* add --overwrite"):
+            ask()
+        assert [(path.name, path.read_bytes()) for path in there.parent.iterdir()] == [(name, b"drawn by hand")]
+        assert ask(overwrite=True) == {} and there.read_bytes() != b"drawn by hand"
+        for path in there.parent.iterdir():
+            path.unlink()
     with pytest.raises(StudyError, match=r"its images lie deeper, as in .*scans; give that folder"):
         find_images([tmp_path], 1)
 

@@ -25,6 +25,7 @@ from mlrpl.config import Dataset, Run
 from mlrpl.data import Store, open_store, prepare
 from mlrpl.devices import find_device
 from mlrpl.errors import StoppedError, StudyError
+from mlrpl.files import read_json
 from mlrpl.methods import METHODS, Step
 from mlrpl.methods.mlrpl import MLRPL
 from mlrpl.training import (
@@ -598,6 +599,43 @@ def test_a_damaged_checkpoint_is_named(store, undisturbed, tmp_path):
         train(example(iterations=20), store, tmp_path)
     with pytest.raises(StudyError, match=r"last\.pt: not there; train the run first"):
         load(tmp_path / "last.pt", CPU)
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (PermissionError(13, "Permission denied"), "Permission denied"),
+    (OSError(116, "Stale file handle"), "Stale file handle"),
+])  # fmt: skip
+def test_weights_that_cannot_be_read_now_are_not_said_to_be_lost(
+    store, undisturbed, tmp_path, monkeypatch, error, said
+):
+    def fail(*_, **__):
+        raise error
+
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(StudyError) as refusal:
+        train(example(iterations=20), store, folder)
+    assert str(refusal.value) == f"checkpoint.pt: cannot be read ({said})"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_memory_that_runs_out_while_weights_are_read_is_told_as_such(store, undisturbed, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    for broken in ((torch, "load"), (training, "restore")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*broken, fail)
+            with pytest.raises(type(error)):  # as `exhaustion_explained` expects it
+                train(example(iterations=20), store, folder)
+
+
+def test_a_record_that_cannot_be_read_does_not_pass_for_none(tmp_path):
+    assert read_json(tmp_path / "provenance.json") == {}
+    (tmp_path / "provenance.json").mkdir()
+    with pytest.raises(StudyError, match=r"provenance\.json: cannot be read \(Is a directory\)"):
+        read_json(tmp_path / "provenance.json")
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(store, undisturbed, tmp_path):
