@@ -5,14 +5,10 @@ In training each of the `filters` channels before a head is dropped at even odds
 losses jump, in that iteration, whatever the images show. With 16 filters, two decoders and four volumes, one in 60
 iterations leaves some volume two channels or fewer; with 8 filters seven in ten do.
 
-    python -m mlrpl.channels STUDY RUN               the log of a run trained on a CPU, beside its draws
-    python -m mlrpl.channels STUDY RUN --batches 20  a run's final weights, the draws made anew
-
-A run's folder must be at hand. Rows are printed as CSV.
+    mlrpl channels STUDY RUN               the log of a run trained on a CPU, beside its draws
+    mlrpl channels STUDY RUN --batches 20  a run's final weights, the draws made anew
 """
 
-import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +19,7 @@ from torch import Tensor
 
 from mlrpl.config import Run
 from mlrpl.data import Batch
+from mlrpl.errors import StudyError
 from mlrpl.losses import batch_dice
 from mlrpl.methods import Method
 from mlrpl.networks import DEPTHS
@@ -35,7 +32,7 @@ CPU = torch.device("cpu")
 DRAWS = 25  # of each batch
 
 
-def drawn(run: Run, iteration: int, decoders: int = 2) -> Tensor:
+def drawn(run: Run, iteration: int, decoders: int) -> Tensor:
     """Channels that were kept before each head in one iteration of a run on a CPU: (decoders, volumes), integers.
 
     Only for methods whose step is one pass through encoder and decoders, as MLRPL's, MC-Net's and V-Net's: their draws
@@ -48,7 +45,7 @@ def drawn(run: Run, iteration: int, decoders: int = 2) -> Tensor:
     return torch.stack([(kept > 0).sum((1, 2, 3, 4)) for kept in maps])
 
 
-def beside_log(run: Run, log: Path, decoders: int = 2) -> pd.DataFrame:
+def beside_log(run: Run, log: Path, decoders: int) -> pd.DataFrame:
     """Losses of a run on a CPU by the fewest channels that any volume was left before any head; a row a number.
 
     The first tenth of the run, in which all losses are high, is left out.
@@ -103,29 +100,29 @@ def redrawn(method: Method, batches: Iterable[Batch], precision: Precision, draw
     return pd.DataFrame(rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print a run's rows."""
-    parser = argparse.ArgumentParser("python -m mlrpl.channels", description="Losses by channels that dropout left.")
-    parser.add_argument("study")
-    parser.add_argument("run")
-    parser.add_argument("--runs", default="runs", help="folder of runs")
-    parser.add_argument("--batches", type=int, default=0, help="feed so many to the final weights; 0: read the log")
-    asked = parser.parse_args(arguments)
-    place = Workplace(asked.study, asked.runs)
-    job = place.job(asked.run)
+def losses(place: Workplace, name: str, batches: int = 0) -> pd.DataFrame:
+    """Of a run of MLRPL whose folder is at hand: its log beside its draws, or its final weights with draws made anew.
+
+    Args:
+        place: the study's.
+        name: the run's.
+        batches: how many to feed to the final weights, other ones than in training; 0: read the log.
+
+    Raises:
+        StudyError: for a run of another method or without that dropout, one that is not trained, or the log of one that
+            was trained on a GPU.
+    """
+    job = place.job(name)
     if job.run.method != "mlrpl" or not job.run.settings.head_dropout:
-        parser.error(f"{asked.run}: only runs of mlrpl with dropout before the heads")
-    if not asked.batches and not job.provenance["train"]["device"].startswith("CPU"):
-        parser.error(f"{asked.run} was trained on a GPU, whose draws are not known afterwards: give --batches")
-    if asked.batches:
-        method, precision = trained(job, place.store, CPU)
-        batches = make_batches(job.run, place.store, method)
-        after = job.run.settings.iterations  # what training did not see
-        found = redrawn(method, (batches(after + 1 + n) for n in range(asked.batches)), precision, DRAWS)
+        raise StudyError(f"run {name}: only a run of mlrpl with dropout before the heads has what is asked for")
+    if not job.finished("train"):
+        raise StudyError(f"run {name}: not trained here; mlrpl train {place.given} --only {name} does it")
+    if not batches and not job.provenance["train"]["device"].startswith("CPU"):
+        raise StudyError(f"run {name}: trained on a GPU, whose draws are not known afterwards; give --batches")
+    method, precision = trained(job, place.store, CPU)
+    if batches:
+        fed, after = make_batches(job.run, place.store, method), job.run.settings.iterations
+        found = redrawn(method, (fed(after + 1 + n) for n in range(batches)), precision, DRAWS)
     else:
-        found = beside_log(job.run, job.folder / "log.csv")
-    found.assign(run=asked.run).to_csv(sys.stdout, index=False, float_format="%.4g")
-
-
-if __name__ == "__main__":
-    main()
+        found = beside_log(job.run, job.folder / "log.csv", len(method.network.decoders))
+    return found.assign(run=name)

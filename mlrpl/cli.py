@@ -238,6 +238,20 @@ def bench(
         print(measure(results, device, quick, lambda line: print(line, flush=True), minutes))
 
 
+@app.command()
+def channels(
+    study: StudyName,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="One of the study's, trained here.")],
+    batches: Annotated[int, typer.Option(min=0, help="Feed so many to the final weights; 0: read the log.")] = 0,
+    runs: Runs = "runs",
+) -> None:
+    """Losses of MLRPL by how many channels the dropout before its heads left; rows as CSV."""
+    from mlrpl.channels import losses
+    from mlrpl.study import Workplace
+
+    losses(Workplace(study, runs), run, batches).to_csv(sys.stdout, index=False, float_format="%.4g")
+
+
 @app.command(hidden=True)
 def run(
     study: str,

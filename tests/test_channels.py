@@ -9,6 +9,7 @@ from test_training import example, train
 
 from mlrpl import channels
 from mlrpl.channels import beside_log, drawn, redrawn
+from mlrpl.cli import main
 from mlrpl.config import Dataset
 from mlrpl.data import Store, prepare
 from mlrpl.methods import Step
@@ -45,11 +46,11 @@ def test_the_draws_are_those_of_the_step(store, name, decoders):
 def test_a_log_beside_its_draws(store, tmp_path):
     run = example(iterations=40, filters=4)
     folder = train(run, store, tmp_path)
-    rows = beside_log(run, folder / "log.csv")
+    rows = beside_log(run, folder / "log.csv", 2)
     log = [row for row in read_log(folder / "log.csv") if int(row["iteration"]) > 4]
     assert rows["n"].sum() == len(log) == 36
     for row in rows.to_dict("records"):
-        same = [float(of["mutual"]) for of in log if int(drawn(run, int(of["iteration"])).min()) == row["kept"]]
+        same = [float(of["mutual"]) for of in log if int(drawn(run, int(of["iteration"]), 2).min()) == row["kept"]]
         assert len(same) == row["n"] and max(same) == pytest.approx(row["mutual_max"])
 
 
@@ -70,21 +71,33 @@ def test_draws_made_anew(store):
     assert rows["mutual"].nunique() > 20
 
 
+def test_three_decoders_draw_three_times(store, tmp_path):
+    run = example(iterations=20, filters=4, options={"upsamplings": ["deconv", "nearest", "trilinear"]})
+    folder = train(run, store, tmp_path)
+    rows = beside_log(run, folder / "log.csv", 3)
+    fewest = [int(drawn(run, iteration, 3).min()) for iteration in range(3, 21)]
+    assert dict(zip(rows["kept"], rows["n"], strict=True)) == {k: fewest.count(k) for k in sorted(set(fewest))}
+
+
 def test_the_command(monkeypatch, capsys, tmp_path):
+    def command(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["mlrpl", "channels", "smoke", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert (end.value.code == 0) == (err == "")
+        return out or err
+
     monkeypatch.chdir(tmp_path)
     place = Workplace("smoke")
+    place.prepare()
+    assert "run mlrpl-2-s0: not trained here" in command("mlrpl-2-s0")
     place.train("mlrpl-2-s0", "cpu")
-    channels.main(["smoke", "mlrpl-2-s0"])
-    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    rows = pd.read_csv(io.StringIO(command("mlrpl-2-s0")))
     assert rows["n"].sum() == 6 and set(rows["run"]) == {"mlrpl-2-s0"}
-    with pytest.raises(SystemExit):
-        channels.main(["smoke", "vnet-2-s0"])
-    assert "vnet-2-s0: only runs of mlrpl" in capsys.readouterr().err
+    assert "run vnet-2-s0: only a run of mlrpl" in command("vnet-2-s0")
     provenance = place.job("mlrpl-2-s0").folder / "provenance.json"
     provenance.write_text(provenance.read_text().replace('"device": "CPU', '"device": "Some GPU'))
-    with pytest.raises(SystemExit):
-        channels.main(["smoke", "mlrpl-2-s0"])
-    assert "trained on a GPU" in capsys.readouterr().err
-    channels.main(["smoke", "mlrpl-2-s0", "--batches", "1"])
-    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert "trained on a GPU" in command("mlrpl-2-s0")
+    rows = pd.read_csv(io.StringIO(command("mlrpl-2-s0", "--batches", "1")))
     assert len(rows) == 1 + channels.DRAWS and rows["kept"].iloc[0] == 4 and rows["mutual"].notna().all()
