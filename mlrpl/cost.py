@@ -15,7 +15,7 @@ import torch
 from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
 from mlrpl.devices import device_name, find_device
-from mlrpl.evaluation import SELECTIONS, predict_case
+from mlrpl.evaluation import SELECTIONS, has_own_statistics, predict_case
 from mlrpl.inference import count_windows
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
@@ -103,7 +103,7 @@ def _measured(store: Store, job: Job, runs: int, left: int, device: torch.device
         step_s=step_s,
         train_s=begun_s + step_s * (settings.iterations - 1),
         check_s=one * checked * checks,
-        test_s=test * (one + len(SELECTIONS) * every),  # once more with each volume's own statistics
+        test_s=test * (one * has_own_statistics(method) + len(SELECTIONS) * every),
         precision=trainer.precision.name,
     )
 

@@ -71,7 +71,10 @@ METHOD_COLOURS = {
     "AC-MT": "#E69F00",
 }
 # For variants beside all methods.
-SPARE_COLOURS = ["#332288", "#661100", "#44AA99", "#B8860B", "#AA4466", "#6A7B8C", "#117733"]
+SPARE_COLOURS = [
+    "#332288", "#661100", "#44AA99", "#B8860B", "#AA4466", "#6A7B8C", "#117733",
+    "#C837BE", "#3DB83D", "#3B4CFF", "#E8294F", "#B07CF0", "#E3997C", "#4A4A10", "#8FD0E0",
+]  # fmt: skip
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 STEPS = [1, 2, 4, 5, 10]  # between ticks
 COLOURS = 256  # of a PNG

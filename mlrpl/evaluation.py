@@ -196,12 +196,16 @@ def _label_maps(
     maps = dict(zip(method.outputs, hard_labels(probabilities).cpu().numpy(), strict=True))
     maps[LARGEST] = maps["decoder1"].copy()
     keep_largest(maps[LARGEST], method.num_classes)
-    # A bottleneck of one voxel has no statistics of its own.
-    if final and _batch_norms(method) and math.prod(method.settings.patch) > STRIDE**3:
+    if final and has_own_statistics(method):
         with own_statistics(method):
             alone = predict_case(method, case, ("decoder1",), device, precision, OWN_WINDOWS)
         maps[OWN] = hard_labels(alone)[0].cpu().numpy()
     return maps
+
+
+def has_own_statistics(method: Method) -> bool:
+    """Whether there is `OWN`: with BatchNorm, but for a bottleneck of one voxel, which has no statistics of its own."""
+    return bool(_batch_norms(method)) and math.prod(method.settings.patch) > STRIDE**3
 
 
 def _measured(waiting: Iterable[tuple[dict[str, Any], Future[dict[str, float]]]]) -> list[dict[str, Any]]:

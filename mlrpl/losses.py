@@ -74,8 +74,12 @@ def consistency_weight(iteration: int, ramp_iterations: int, maximum: float) -> 
 
 @torch.no_grad()
 def batch_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice of the arg-max labels over a batch, mean over foreground classes: a progress figure, not a result."""
+    """Dice of the arg-max labels over a batch, mean over foreground classes: a progress figure, not a result.
+
+    Of a class that neither holds 1, as of a case (`mlrpl.metrics`).
+    """
     predicted = one_hot(hard_labels(logits), logits.shape[1])[:, 1:]
     reference = one_hot(labels, logits.shape[1])[:, 1:]
     axes = (0, 2, 3, 4)
-    return (2 * (predicted * reference).sum(axes) / (predicted + reference).sum(axes).clamp(min=1)).mean()
+    size = (predicted + reference).sum(axes)
+    return torch.where(size > 0, 2 * (predicted * reference).sum(axes) / size.clamp(min=1), 1.0).mean()

@@ -239,8 +239,8 @@ def formatted_largest(
     figures = {(f["title"], f["labelled"], "published"): f for f in paper}
     found = [figures.get(row, {}) for row in zip(table["title"], table["labelled"], table["selection"], strict=True)]
     for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
-        if any(name in figure for figure in found):
-            after[heading] = [two_decimals(figure.get(name, float("nan"))) for figure in found]
+        if (values := pd.Series([figure.get(name) for figure in found], dtype=float)).notna().any():
+            after[heading] = values.map(two_decimals).to_list()
     return _formatted_gain(table, headings, before={"Selection": table["selection"]}, after=after)
 
 

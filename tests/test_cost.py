@@ -56,8 +56,18 @@ def test_parts_follow_from_steps_and_windows(place, monkeypatch):
     windows = 2 * 4  # two cases of 24×24×16 voxels, windows of 16×16×16 at a stride of 8×8×16
     assert mlrpl.train_s == 7 + 39 * 0.5
     assert mlrpl.check_s == 4 * windows
-    assert mlrpl.test_s == windows * (2 * 2 + 1)
-    assert mlrpl.run_s == mlrpl.train_s + 4 * windows + 5 * windows
+    assert mlrpl.test_s == windows * 2 * 2
+    assert mlrpl.run_s == mlrpl.train_s + 4 * windows + 4 * windows
+
+
+@pytest.mark.parametrize(("normalisation", "passes"), [("batch", 2 * 2 + 1), ("instance", 2 * 2)])
+def test_each_volumes_own_statistics_cost_a_pass_where_there_are_some(place, monkeypatch, normalisation, passes):
+    monkeypatch.setattr(cost, "_step_seconds", lambda step, device: 0.5)
+    monkeypatch.setattr(cost, "_window_seconds", lambda method, case, outputs, device, precision: float(len(outputs)))
+    settings = {**STUDY["settings"], "patch": [32, 16, 16], "normalisation": normalisation}
+    Path("priced.yaml").write_text(yaml.safe_dump({**STUDY, "settings": settings}), encoding="utf-8")
+    mlrpl = next(found for found in costs(Workplace("priced.yaml"), device="cpu") if found.title == "MLRPL")
+    assert mlrpl.test_s == passes * 2 * 2  # two cases of 24×24×16 voxels, two windows each
 
 
 def test_finished_runs_are_not_to_do(place):

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from mlrpl.config import load_study, study_names
 from mlrpl.data.store import Case
 from mlrpl.data_report import case_montage, intensity_histograms, label_volumes
 from mlrpl.drawing import METHOD_COLOURS, STYLE, add_legend, colours, save
@@ -127,6 +128,12 @@ def test_a_method_keeps_its_colour_and_variants_take_free_ones():
     assert len({mixed[title] for title in ["CE", "MLRPL", "CE + WR", "V-Net"]}) == 4
     beside_all = [*ALL, "Control, labelled only", "MLRPL (instance norm)", "V-Net (instance norm)", "another"]
     assert len({colours(beside_all)[title] for title in beside_all}) == len(beside_all)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_no_two_methods_of_a_study_have_one_colour(name):
+    titles = list(dict.fromkeys(run.title for run in load_study(name).runs() if not run.ablation))
+    assert len({colours(titles)[title] for title in titles}) == len(titles)
 
 
 # Training

@@ -152,4 +152,5 @@ def test_one_hot():
 def test_batch_dice_by_hand():
     scores = volume([1.0, 0, 0, 0], [0.0, 1, 1, 0], [0.0, 0, 0, 1])  # labels 0 1 1 2
     assert batch_dice(scores, line(1, 1, 0, 2)).item() == pytest.approx((2 * 1 / 4 + 1) / 2)
-    assert batch_dice(volume([1.0], [0.0]), line(0)).item() == 0  # a progress figure: nothing to find counts 0
+    assert batch_dice(scores[:, :, 1:3], line(1, 1)).item() == 1  # class 2 is rightly nowhere
+    assert batch_dice(scores[:, :, 3:], line(0)).item() == 0.5  # called class 2, class 1 rightly nowhere

@@ -409,6 +409,8 @@ def test_the_largest_component_stands_beside_all_in_dice_and_distance(metrics, r
     assert float(line["All: 95HD (mm)"]) - float(line["Largest: 95HD (mm)"]) == pytest.approx(0.5, abs=0.011)
     assert shown.loc[("8", "MLRPL", "last"), "Paper: Dice (%)"] == "—"
     pd.testing.assert_frame_equal(comparison(both, runs), comparison(metrics, runs))  # the others know nothing of it
+    dice_alone = [{**figure, "hd95": None} for figure in PAPER]  # as a study file without distances has them
+    assert "Paper: 95HD (voxels)" not in formatted_largest(both, runs, dice_alone, "mm")
     assert len(formatted_largest(metrics, runs, PAPER)) == 0
 
 
