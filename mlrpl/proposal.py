@@ -153,8 +153,13 @@ def propose(name: str, found: Found, device: str) -> str:
     short = device == "cpu"
     sided = have_sides(found.classes)
     channels = [window or "z-score" for window in found.windows]
-    method = "mlrpl" if unlabelled else "vnet"
-    title = {"mlrpl": "MLRPL", "vnet": "V-Net"}
+    runs = {
+        "mlrpl": f"{{variant: mlrpl, method: mlrpl, title: MLRPL, labelled: {labelled}}}",
+        "control": f'{{variant: control, method: mlrpl, title: "Control (β = 0)", labelled: {labelled}, '
+        "settings: {beta_max: 0}}  # what MLRPL is without learning from unlabelled images: compare",
+        "vnet": f"{{variant: vnet, method: vnet, title: V-Net, labelled: {labelled}}}",
+    }
+    first, *others = runs.values() if unlabelled else [runs["vnet"]]  # without unlabelled images there is no choice
     seen = f"in {', '.join(map(str, found.counts[1:]))} of {found.labelled + found.tests} labels"
     lines = {
         "classes": ""
@@ -166,7 +171,6 @@ def propose(name: str, found: Found, device: str) -> str:
         "dropout": "of 8 channels the published dropout may leave none" if short else "as published",
         "beta": "short runs need a low weight of the mutual loss" if short else "as published",
     }
-    others = [m for m in ("vnet", "mlrpl") if m != method]
     return f"""\
 # Proposed from the images by `mlrpl prepare`. Edit it as you like; `mlrpl prepare {name} --source DIR` follows it then.
 name: {_yaml(name)}
@@ -200,8 +204,8 @@ settings:
   threads: {2 if short else 4}
 seeds: [0]
 runs:
-  - {{variant: {method}, method: {method}, title: {title[method]}, labelled: {labelled}}}
-""" + "".join(f"  # - {{variant: {m}, method: {m}, title: {title[m]}, labelled: {labelled}}}\n" for m in others)
+  - {first}
+""" + "".join(f"  # - {line}\n" for line in others)
 
 
 def _yaml(value: object) -> str:

@@ -183,6 +183,12 @@ def test_what_is_proposed():
     assert (study.folds, study.entries[0].labelled, study.entries[0].method) == (5, (8,), "mlrpl")
     assert (proposed(labelled=11).entries[0].labelled, proposed(labelled=3).folds) == ((8,), 3)
     assert proposed(labelled=30).entries[0].method == "vnet"  # nothing to learn from without labels
+    assert "# - {" not in propose("mine", seen(labelled=30), "cpu")
+    text = propose("mine", seen(), "cpu").replace("  # - {", "  - {")
+    mlrpl, control, vnet = dict.fromkeys(
+        (run.variant, run.settings.beta_max) for run in Study.model_validate(yaml.safe_load(text)).runs()
+    )
+    assert (mlrpl, control, vnet) == (("mlrpl", 0.1), ("control", 0), ("vnet", 0.1))
     tested = proposed(tests=4)
     assert (tested.folds, tested.entries[0].labelled) == (0, (10,))
     assert np.prod(study.settings.patch) <= 64 * 64 * 32 < np.prod(proposed("cuda").settings.patch) <= 96**3
