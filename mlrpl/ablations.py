@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Ablation, load_study
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.figures import plot_seeds, seed_handles
 from mlrpl.results import Results
-from mlrpl.statistics import compared, each_seed, interval, limits, plot_seeds, seed_handles, seeds_above
+from mlrpl.statistics import compared, each_seed, interval, limits, seeds_above
 from mlrpl.study import Workplace
 from mlrpl.tables import chosen, conditions, titled, with_interval
 
