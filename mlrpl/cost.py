@@ -15,11 +15,12 @@ import torch
 from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
 from mlrpl.devices import device_name, find_device
-from mlrpl.evaluation import SELECTIONS, predict_case
+from mlrpl.evaluation import predict_case
 from mlrpl.inference import count_windows
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
+from mlrpl.rows import SELECTIONS
 from mlrpl.study import Job, Workplace, chosen, pending
 from mlrpl.training import Trainer, check_cases
 from mlrpl.words import counted, duration

@@ -29,12 +29,13 @@ from mlrpl.config import Run, Study, load_study, study_file
 from mlrpl.data import Store, prepare
 from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import SELECTIONS, evaluate
+from mlrpl.evaluation import evaluate
 from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, Method, build, find_method, result_version
 from mlrpl.precision import Precision, to_predict_in
+from mlrpl.rows import SELECTIONS
 from mlrpl.training import Progress, Trainer, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
