@@ -33,7 +33,7 @@ from mlrpl.drawing import (
 )
 from mlrpl.methods import METHODS
 from mlrpl.statistics import probability
-from mlrpl.tables import chosen, comparison, per_case, titled
+from mlrpl.tables import comparison, per_case, rows_of, titled
 
 MOST_COLUMNS = 6  # of methods in a row of contours
 SUPERVISED = {name for name, method in METHODS.items() if not method.uses_unlabelled}
@@ -121,7 +121,7 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
     rows = panels(runs)
     figure = NotebookFigure(figsize=(WIDTH if len(rows) > 1 else 0.6 * WIDTH, 3.0), layout="constrained")
     axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
-    last = chosen(titled(metrics, runs), "last", "decoder1").groupby("run")["dice"].mean() * 100
+    last = rows_of(titled(metrics, runs), "last", "decoder1").groupby("run")["dice"].mean() * 100
     end = runs.set_index("run")["iterations"]
     by_run = {run: curve.set_index("iteration")["dice"].sort_index() * 100 for run, curve in checks.groupby("run")}
     for ax, (labelled, group) in zip(axes, rows, strict=True):

@@ -286,7 +286,7 @@ def trained(job: Job, store: Store, device: torch.device) -> tuple[Method, Preci
     return method.eval(), to_predict_in(content["precision"], device)
 
 
-def chosen(place: Workplace, only: str | None) -> list[Job]:
+def jobs_named(place: Workplace, only: str | None) -> list[Job]:
     """Jobs whose run's name holds one of the texts, which commas separate, as whole parts; all without any.
 
     "vnet-8" is in "vnet-8-s0" but not in "vnet-80-s0".
@@ -325,9 +325,9 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
 
     Args:
         place: the study.
-        only: see `chosen`.
+        only: see `jobs_named`.
         adopted: keys of committed results that count as finished.
     """
-    for job in one_a_key(chosen(place, only)):
+    for job in one_a_key(jobs_named(place, only)):
         if not job.executed and job.key not in adopted:
             yield job

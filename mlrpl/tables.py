@@ -51,7 +51,7 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame, outputs: Iterable[str] = O
     return rows
 
 
-def chosen(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
+def rows_of(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
     """Rows of one selection and output; a run with one decoder only is its own mean."""
     rows = rows[rows["selection"] == selection]
     averaged = rows.loc[rows["output"] == "mean", IDENTITY].drop_duplicates()
@@ -162,7 +162,7 @@ def per_seed(
 
     ``dice`` and ``jaccard`` in %, distances as they are; NaN where there is no such run, or no distance.
     """
-    rows = chosen(titled(metrics, runs), selection, output).astype({"title": str})
+    rows = rows_of(titled(metrics, runs), selection, output).astype({"title": str})
     table = rows.groupby(["labelled", "case", "title", "seed"])[measure].mean().unstack(["title", "seed"]).sort_index()
     table = table[[title for title in dict.fromkeys(runs["title"]) if title in table]]
     return table * 100 if measure in ("dice", "jaccard") else table
