@@ -16,10 +16,11 @@ from matplotlib.ticker import MaxNLocator
 
 from mlrpl.config import Ablation, load_study
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
+from mlrpl.figures import plot_seeds, seed_handles
 from mlrpl.results import Results
-from mlrpl.statistics import compared, each_seed, interval, limits, plot_seeds, seed_handles, seeds_above
+from mlrpl.statistics import compared, each_seed, interval, limits, seeds_above
 from mlrpl.study import Workplace
-from mlrpl.tables import chosen, conditions, titled, with_interval
+from mlrpl.tables import conditions, rows_of, titled, with_interval
 
 FOLD = re.compile(r"-f\d+$")  # at the end of a run's name
 
@@ -68,7 +69,7 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     """
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
     runs = runs.drop_duplicates(["labelled", "variant", "seed"])  # a cross-validation's folds together are one
-    rows = chosen(titled(found.metrics, found.runs), "last", "decoder1")
+    rows = rows_of(titled(found.metrics, found.runs), "last", "decoder1")
     dice = rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100  # mean over classes
 
     def of_seeds(some: pd.DataFrame) -> pd.DataFrame:

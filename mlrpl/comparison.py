@@ -1,11 +1,17 @@
-"""What a study's runs give side by side: the tables of 04-compare as text, and cases as every method segments them."""
+"""What a study's runs give side by side: the parts of 04-compare, and cases as every method segments them."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 
-from mlrpl import precision_report, statistics, tables
+from mlrpl import captions, drawing, figures, precision_report, statistics, tables
 from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.figures import CaseView
@@ -21,23 +27,120 @@ def headline(found: Results, place: Workplace) -> pd.DataFrame:
     return tables.formatted(table[table["selection"] == "last"], place.study.distances)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What 04-compare and the study's page show under one heading; nothing where its table has no rows.
+
+    Attributes:
+        heading: plain text.
+        text: Markdown, above the table.
+        name: of the table's files.
+        table: as text.
+        figures: by the names of their files, what draws them, or gives None where there is nothing to draw.
+    """
+
+    heading: str
+    text: str = ""
+    name: str = ""
+    table: pd.DataFrame | None = None
+    figures: Mapping[str, Callable[[], Figure | None]] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is something to show."""
+        return self.table is None or len(self.table) > 0
+
+    def written(self, results: Path) -> list[Any]:
+        """Write table and figures into a study's results; returns what a notebook displays."""
+        said: list[Any] = [Markdown(f"## {self.heading}\n\n{self.text}")]
+        if self.table is not None:
+            tables.save(self.table, results / "tables", self.name)
+            said.append(tables.show(self.table))
+        for name, draw in self.figures.items():
+            figure = draw()
+            drawing.save(figure, results / "figures", name)
+            said += [figure, Markdown(captions.CAPTIONS[name])] if figure else []
+        return said if self.shown else []
+
+
+def parts(place: Workplace, found: Results) -> list[Part]:
+    """The parts of 04-compare, in order."""
+    return [*outcomes(place, found), *trainings(place, found)]
+
+
+def outcomes(place: Workplace, found: Results) -> list[Part]:
+    """What the runs reach on the test cases, and how sure it is."""
+    rows, paper = (found.metrics, found.runs), [figure.model_dump() for figure in place.study.paper]
+    unit, reference = place.study.distances, place.study.reference_title
+    sure = statistics.summary(*rows, reference=reference)
+    published = statistics.summary(*rows, selection="published", reference=reference)
+    return [
+        Part(
+            "Comparison",
+            captions.COMPARISON,
+            "comparison",
+            tables.formatted(tables.comparison(*rows, paper), unit),
+            {
+                "distributions": partial(figures.distributions, *rows, unit),
+                "label-efficiency": partial(figures.label_efficiency, *rows),
+            },
+        ),
+        Part(
+            "How sure is that",
+            f"{captions.SURE} {statistics.limits(sure, reference)}",
+            "statistics",
+            statistics.formatted(sure),
+            {"differences": partial(figures.differences, sure, reference)},
+        ),
+        Part(
+            "The same by the published selection",
+            captions.SURE_PUBLISHED,
+            "statistics-published",
+            statistics.formatted(published),
+        ),
+        Part("What the published selection adds", captions.OPTIMISM, "optimism", tables.formatted_optimism(*rows)),
+        Part(
+            "What the largest component alone changes",
+            captions.LARGEST,
+            "largest",
+            tables.formatted_largest(*rows, paper, unit),
+        ),
+        Part(
+            "What BatchNorm's running statistics cost",
+            captions.NORMALISATION,
+            "normalisation",
+            tables.formatted_normalisation(*rows),
+        ),
+    ]
+
+
+def trainings(place: Workplace, found: Results) -> list[Part]:
+    """How the runs trained, and at what cost, which needs the case store."""
+    pairs = precision_report.pairs(place.study.runs(), found.runs)
+    parts = [
+        Part(
+            "Does reduced precision train alike",
+            captions.PRECISION,
+            "precision",
+            precision_report.table(found.curves, pairs),
+            {"precision": partial(precision_report.figure, found.curves, pairs)},
+        ),
+        Part(
+            "Learning",
+            figures={
+                "learning-curves": partial(figures.learning_curves, found.curves, found.runs),
+                "checks": partial(figures.checks, found.checks, found.metrics, found.runs),
+            },
+        ),
+    ]
+    if place.at_hand:
+        parts.append(Part("Cost of a training step", captions.COST, "cost", cost_table(place, found)))
+    return parts
+
+
 def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
     """The tables of 04-compare as text, by the names of their files; "cost" needs the case store."""
-    paper = [figure.model_dump() for figure in place.study.paper]
-    rows, reference = (found.metrics, found.runs), place.study.reference_title
-    pairs = precision_report.pairs(place.study.runs(), found.runs)
-    return {
-        "comparison": tables.formatted(tables.comparison(*rows, paper), place.study.distances),
-        "statistics": statistics.formatted(statistics.summary(*rows, reference=reference)),
-        "statistics-published": statistics.formatted(
-            statistics.summary(*rows, selection="published", reference=reference)
-        ),
-        "optimism": tables.formatted_optimism(*rows),
-        "largest": tables.formatted_largest(*rows, paper, place.study.distances),
-        "normalisation": tables.formatted_normalisation(*rows),
-        **({"cost": cost_table(place, found)} if place.at_hand else {}),
-        **({"precision": precision_report.table(found.curves, pairs)} if pairs else {}),
-    }
+    return {part.name: part.table for part in parts(place, found) if part.table is not None}
 
 
 def cost_table(place: Workplace, found: Results) -> pd.DataFrame:

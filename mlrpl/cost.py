@@ -15,12 +15,13 @@ import torch
 from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
 from mlrpl.devices import device_name, find_device
-from mlrpl.evaluation import SELECTIONS, has_own_statistics, predict_case
+from mlrpl.evaluation import has_own_statistics, predict_case
 from mlrpl.inference import count_windows
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import Method
 from mlrpl.precision import Precision
-from mlrpl.study import Job, Workplace, chosen, pending
+from mlrpl.rows import SELECTIONS
+from mlrpl.study import Job, Workplace, jobs_named, pending
 from mlrpl.training import Trainer, check_cases
 from mlrpl.words import counted, duration
 
@@ -71,7 +72,7 @@ def costs(place: Workplace, only: str | None = None, device: str | None = None) 
     target = find_device(device)
     left = {job.key for job in pending(place, only, set())}
     kinds: dict[str, dict[str, Job]] = {}  # runs that coincide are one
-    for job in chosen(place, only):
+    for job in jobs_named(place, only):
         run = job.run
         kinds.setdefault(repr((run.method, run.options, run.settings)), {}).setdefault(job.key, job)
     for jobs in kinds.values():

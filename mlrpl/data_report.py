@@ -31,6 +31,32 @@ MEASURED = 12  # cases of each split in the histograms: enough to see a stray on
 SPLIT_COLOURS = {"train": "#0072B2", "val": "#009E73", "test": "#D55E00"}
 
 
+def splits(store: Store) -> pd.DataFrame:
+    """A row a split: cases, cases with a label, range of sizes in voxels, range of spacings in mm."""
+    rows = []
+    for split in ("train", "val", "test"):
+        cases = [case for case in store.index["cases"] if case["split"] == split]
+        if not cases:
+            continue
+        shapes, spacings = ([case[name] for case in cases] for name in ("shape", "spacing"))
+        rows.append(
+            {
+                "Split": split,
+                "Cases": len(cases),
+                "With label": sum(case["has_label"] for case in cases),
+                "Size (voxels)": _range(shapes, "{:.0f}"),
+                "Spacing (mm)": _range(spacings, "{:.2f}") if store.real_spacing else "unknown",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _range(triples: Sequence[Sequence[float]], form: str) -> str:
+    """Smallest … largest, by axis."""
+    ranges = [(form.format(min(axis)), form.format(max(axis))) for axis in zip(*triples, strict=True)]
+    return " × ".join(low if low == high else f"{low}–{high}" for low, high in ranges)
+
+
 def preparation(store: Store) -> pd.DataFrame:
     """How images became the store's arrays, a line a step."""
     steps, settings = store.preparation, store.index["settings"]

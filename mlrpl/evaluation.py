@@ -34,14 +34,9 @@ from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
 from mlrpl.precision import Precision, computing, to_predict_in
+from mlrpl.rows import IDENTITY, LARGEST, OWN
 
-IDENTITY = ["study", "method", "variant", "labelled", "seed"]  # columns that say of a row whose it is
-SELECTIONS = ["last", "published"]
 PREDICTIONS = "predictions.npz"  # label maps of the test cases: last weights, decoder 1
-
-
-LARGEST = "decoder1-largest"
-OWN = "decoder1-own"
 OWN_WINDOWS = 4
 WINDOWS = defaultdict(lambda: OWN_WINDOWS, cuda=8)  # predicted at once, by kind of device
 

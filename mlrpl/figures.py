@@ -1,4 +1,4 @@
-"""Figures of runs: learning curves, checks, Dice of every case, label efficiency, and contours of all methods."""
+"""Figures of runs: learning curves, checks, Dice of every case, label efficiency, differences, and contours."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from mlrpl.config import REFERENCE
 from mlrpl.drawing import (
     STEPS,
     WIDTH,
@@ -31,7 +32,8 @@ from mlrpl.drawing import (
     write_fitted,
 )
 from mlrpl.methods import METHODS
-from mlrpl.tables import chosen, comparison, per_case, titled
+from mlrpl.statistics import probability
+from mlrpl.tables import comparison, per_case, rows_of, titled
 
 MOST_COLUMNS = 6  # of methods in a row of contours
 SUPERVISED = {name for name, method in METHODS.items() if not method.uses_unlabelled}
@@ -41,6 +43,10 @@ CURVES = {  # of a run's log: title and scale
     "pseudo_foreground": ("Foreground of\npseudo-labels (%)", 100),
     "dice": ("Dice of training\nbatch (%)", 100),
 }
+REACH = 20  # points of Dice up to which the figure of differences is linear throughout
+LINEAR = 5  # and, where a method is further off, in its middle
+TICKS = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50)  # then
+SEED_MARK = {"marker": "|", "linestyle": "", "markersize": 7, "markeredgewidth": 1, "color": "0.25", "zorder": 3}
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def checks(checks: pd.DataFrame, metrics: pd.DataFrame, runs: pd.DataFrame) -> F
     rows = panels(runs)
     figure = NotebookFigure(figsize=(WIDTH if len(rows) > 1 else 0.6 * WIDTH, 3.0), layout="constrained")
     axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
-    last = chosen(titled(metrics, runs), "last", "decoder1").groupby("run")["dice"].mean() * 100
+    last = rows_of(titled(metrics, runs), "last", "decoder1").groupby("run")["dice"].mean() * 100
     end = runs.set_index("run")["iterations"]
     by_run = {run: curve.set_index("iteration")["dice"].sort_index() * 100 for run, curve in checks.groupby("run")}
     for ax, (labelled, group) in zip(axes, rows, strict=True):
@@ -206,6 +212,68 @@ def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None
     ax.set(xlim=(-0.5, len(levels) - 0.5), xlabel="labelled cases", ylabel="Dice of test cases (%)")
     ax.grid(False, axis="x")
     figure.legend(handles=_line_handles(series), loc="outside right center")
+    return figure
+
+
+def plot_seeds(ax: Axes, values: Sequence[float], place: float) -> None:
+    """A small mark a seed, where there are several: what an interval over cases does not tell."""
+    if len(values) > 1:
+        ax.plot(values, [place] * len(values), **SEED_MARK)
+
+
+def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
+    """For the legend, if :func:`plot_seeds` drew any."""
+    return [Line2D([], [], label="a seed", **SEED_MARK)] if any(len(seeds) > 1 for seeds in values) else []
+
+
+@styled
+def differences(table: pd.DataFrame, reference: str = REFERENCE) -> Figure | None:
+    """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
+
+    Where a method is more than `REACH` points off the axis is linear up to `LINEAR` points and logarithmic beyond: one
+    that fails must not hide what others differ by. None where there is nothing to compare with it.
+
+    Args:
+        table: of `mlrpl.statistics.summary`.
+        reference: its title.
+    """
+    rows = table[table["difference"].notna()]
+    groups = list(rows.groupby("labelled"))
+    if not groups:
+        return None
+    figure = NotebookFigure(figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * len(rows)), layout="constrained")
+    colour = colours(table["title"])
+    heights = [len(group) for _, group in groups]
+    far = rows[["difference_low", "difference_high", "difference"]].abs().max(axis=None) > REACH
+    axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, (labelled, group) in zip(axes, groups, strict=True):
+        for place, row in enumerate(group.to_dict("records")):
+            style = {"color": colour[row["title"]]}
+            ax.plot([row["difference_low"], row["difference_high"]], [place, place], linewidth=1.8, **style)
+            ax.plot(row["difference"], place, "o", markersize=5, markeredgecolor="white", **style)
+            plot_seeds(ax, row["of_seeds"], place)
+            p = f"p (Holm) = {probability(row['p_holm'])}".replace("= <", "< ")
+            said = p if pd.notna(row["p_holm"]) else "no test"
+            beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": "0.35"}
+            ax.annotate(said, (1.02, place), annotation_clip=False, **beside)
+        ax.axvline(0, color="0.4", linewidth=0.8)
+        ax.set_yticks(range(len(group)), group["title"])
+        ax.set_ylim(len(group) - 0.5, -0.5)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False, axis="y")
+        ax.set_title(f"{labelled} labelled", loc="left")
+        if far:
+            ax.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
+    under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
+    beyond = f"; logarithmic beyond ±{LINEAR}" if far else ""
+    axes[-1].set_xlabel(f"difference to {reference}{under}(points of Dice{beyond})")
+    axes[-1].xaxis.set_major_locator(FixedLocator(TICKS) if far else MaxNLocator(8, steps=STEPS))
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes[-1].xaxis.set_minor_locator(NullLocator())
+    mark = Line2D(
+        [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean, 95 % interval over cases"
+    )
+    add_legend(figure, [mark, *seed_handles(rows["of_seeds"])])
     return figure
 
 

@@ -74,16 +74,19 @@ def table(curves: pd.DataFrame, found: Sequence[Pair]) -> pd.DataFrame:
         inside = reduced.ge(low, axis=0) & reduced.le(high, axis=0)
         seeds = float32.shape[1]
         rows.append(
-            {
-                "Trained": pair.title,
-                "Beside": pair.reference,
-                "Curve": CURVES[name][0].replace("\n", " "),
-                "Mean within (%)": f"{100 * mean.between(low, high).mean():.0f}",
-                "Runs within (%)": f"{100 * inside.to_numpy().mean():.0f}",
-                "Expected of runs (%)": f"{100 * (seeds - 1) / (seeds + 1):.0f}",
-            }
+            (
+                pair.title,
+                pair.reference,
+                CURVES[name][0].replace("\n", " "),
+                f"{100 * mean.between(low, high).mean():.0f}",
+                f"{100 * inside.to_numpy().mean():.0f}",
+                f"{100 * (seeds - 1) / (seeds + 1):.0f}",
+            )
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        rows,
+        columns=["Trained", "Beside", "Curve", "Mean within (%)", "Runs within (%)", "Expected of runs (%)"],
+    )
 
 
 @styled
@@ -134,8 +137,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _each(curves: pd.DataFrame, found: Sequence[Pair]) -> Iterator[tuple[Pair, str, pd.DataFrame, pd.DataFrame]]:
     """Each pair, curve, and its smoothed values in float32 and in reduced precision, a column a seed."""
-    by_run = {run: curve.set_index("iteration").sort_index() for run, curve in curves.groupby("run")}
     for pair in found:
+        mine = curves[curves["run"].isin([*pair.float32, *pair.reduced])]
+        by_run = {run: curve.set_index("iteration").sort_index() for run, curve in mine.groupby("run")}
         for name, (_, scale) in CURVES.items():
             float32, reduced = (
                 pd.concat([smoothed(by_run[run][name]) * scale for run in runs if run in by_run], axis=1)

@@ -7,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 CHANGED = "+changes"  # marks a commit that does not say all
 INSTRUCTIONS = ("avx2", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "medpy", "papermill", "nbconvert")
@@ -41,6 +39,8 @@ def processor() -> str:
 @cache
 def instructions() -> frozenset[str]:
     """Which of `INSTRUCTIONS` this CPU has."""
+    import torch  # here, since what only reads results does not need it
+
     try:
         known = {name for name, there in torch.cpu.get_capabilities().items() if there}
     except AttributeError:  # releases of torch that do not say; the operating system does

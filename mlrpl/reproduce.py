@@ -15,11 +15,11 @@ from mlrpl.comparison import headline
 from mlrpl.config import is_packaged, study_names
 from mlrpl.devices import parse_device
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import IDENTITY
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
 from mlrpl.locks import holder, locked
 from mlrpl.results import Results, collect
+from mlrpl.rows import IDENTITY
 from mlrpl.slurm import Resources, minutes, one_device, submit
 from mlrpl.steps import prepare_cases, tell_split
 from mlrpl.study import Job, Workplace, pending

@@ -19,8 +19,8 @@ from typing import Any
 import pandas as pd
 
 from mlrpl.config import Ablation
-from mlrpl.evaluation import IDENTITY
 from mlrpl.files import atomic, read_rows
+from mlrpl.rows import IDENTITY
 from mlrpl.study import Job
 
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit

@@ -5,29 +5,20 @@ times. What each seed reaches is listed beside it. Bootstrap and Wilcoxon's test
 resampling starts from a fixed seed, so that a report does not change when it is made anew.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy import stats
 
 from mlrpl.config import REFERENCE
-from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, colours, styled
 from mlrpl.tables import per_seed, two_decimals, with_interval
 
 LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST = 6  # with five pairs the two-sided signed-rank test cannot get below p = 2 / 2⁵ = 0.0625
 FEW = {2: "Two", 3: "Three"}  # seeds
-REACH = 20  # points of Dice up to which the figure of differences is linear throughout
-LINEAR = 5  # and, where a method is further off, in its middle
-TICKS = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50)  # then
-SEED_MARK = {"marker": "|", "linestyle": "", "markersize": 7, "markeredgewidth": 1, "color": "0.25", "zorder": 3}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -231,61 +222,3 @@ def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
         if len(mine):
             parts.append(names + (f" at {labelled} labelled" if table["labelled"].nunique() > 1 else ""))
     return "; ".join(parts)
-
-
-def plot_seeds(ax: Axes, values: Sequence[float], place: float) -> None:
-    """A small mark a seed, where there are several: what an interval over cases does not tell."""
-    if len(values) > 1:
-        ax.plot(values, [place] * len(values), **SEED_MARK)
-
-
-def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
-    """For the legend, if :func:`plot_seeds` drew any."""
-    return [Line2D([], [], label="a seed", **SEED_MARK)] if any(len(seeds) > 1 for seeds in values) else []
-
-
-@styled
-def differences(table: pd.DataFrame, reference: str = REFERENCE) -> Figure | None:
-    """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
-
-    Where a method is more than `REACH` points off the axis is linear up to `LINEAR` points and logarithmic beyond: one
-    that fails must not hide what others differ by. None where there is nothing to compare with it.
-    """
-    rows = table[table["difference"].notna()]
-    groups = list(rows.groupby("labelled"))
-    if not groups:
-        return None
-    figure = NotebookFigure(figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * len(rows)), layout="constrained")
-    colour = colours(table["title"])
-    heights = [len(group) for _, group in groups]
-    far = rows[["difference_low", "difference_high", "difference"]].abs().max(axis=None) > REACH
-    axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    for ax, (labelled, group) in zip(axes, groups, strict=True):
-        for place, row in enumerate(group.to_dict("records")):
-            style = {"color": colour[row["title"]]}
-            ax.plot([row["difference_low"], row["difference_high"]], [place, place], linewidth=1.8, **style)
-            ax.plot(row["difference"], place, "o", markersize=5, markeredgecolor="white", **style)
-            plot_seeds(ax, row["of_seeds"], place)
-            p = f"p (Holm) = {probability(row['p_holm'])}".replace("= <", "< ")
-            said = p if pd.notna(row["p_holm"]) else "no test"
-            beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": "0.35"}
-            ax.annotate(said, (1.02, place), annotation_clip=False, **beside)
-        ax.axvline(0, color="0.4", linewidth=0.8)
-        ax.set_yticks(range(len(group)), group["title"])
-        ax.set_ylim(len(group) - 0.5, -0.5)
-        ax.tick_params(axis="y", length=0)
-        ax.grid(False, axis="y")
-        ax.set_title(f"{labelled} labelled", loc="left")
-        if far:
-            ax.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
-    under = " under the same condition\n" if rows["reference"].nunique() > 1 else " "
-    beyond = f"; logarithmic beyond ±{LINEAR}" if far else ""
-    axes[-1].set_xlabel(f"difference to {reference}{under}(points of Dice{beyond})")
-    axes[-1].xaxis.set_major_locator(FixedLocator(TICKS) if far else MaxNLocator(8, steps=STEPS))
-    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
-    axes[-1].xaxis.set_minor_locator(NullLocator())
-    mark = Line2D(
-        [], [], color="0.3", linewidth=1.8, marker="o", markeredgecolor="white", label="mean, 95 % interval over cases"
-    )
-    add_legend(figure, [mark, *seed_handles(rows["of_seeds"])])
-    return figure

@@ -23,7 +23,7 @@ from mlrpl.locks import holder, locked
 from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import have_sides, write_study
 from mlrpl.results import Results, collect
-from mlrpl.study import Job, Workplace, chosen
+from mlrpl.study import Job, Workplace, jobs_named
 from mlrpl.training import progress_bar
 from mlrpl.words import counted
 
@@ -125,7 +125,7 @@ def cost_study(name: str, data: str | None, only: str | None, device: str | None
 def train_study(name: str, only: str | None, device: str | None, runs: str) -> None:
     """Train a study's runs one after the other, each from its checkpoint; finished ones are skipped."""
     place = Workplace(name, runs)
-    for job in chosen(place, only):
+    for job in jobs_named(place, only):
         if job.finished("train"):
             print(f"{job.run.name}: trained already")
             continue
@@ -136,7 +136,7 @@ def train_study(name: str, only: str | None, device: str | None, runs: str) -> N
 def evaluate_study(name: str, only: str | None, device: str | None, runs: str, results: str) -> Results:
     """Measure the trained runs on their test cases, print the means and write the rows into <results>/<study>."""
     place = Workplace(name, runs, results)
-    jobs = [job for job in chosen(place, only) if job.finished("train")]
+    jobs = [job for job in jobs_named(place, only) if job.finished("train")]
     if not jobs:
         raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
     for job in jobs:

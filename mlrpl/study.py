@@ -29,12 +29,13 @@ from mlrpl.config import Run, Study, load_study, study_file
 from mlrpl.data import Store, prepare
 from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import SELECTIONS, evaluate
+from mlrpl.evaluation import evaluate
 from mlrpl.files import read_json, read_rows, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, Method, build, find_method, result_version
 from mlrpl.precision import Precision, to_predict_in
+from mlrpl.rows import SELECTIONS
 from mlrpl.training import Progress, Trainer, load, make_method, split_training
 
 STAGES = {"train": "02-train", "evaluate": "03-evaluate"}  # of a run, with the notebooks that do them
@@ -285,7 +286,7 @@ def trained(job: Job, store: Store, device: torch.device) -> tuple[Method, Preci
     return method.eval(), to_predict_in(content["precision"], device)
 
 
-def chosen(place: Workplace, only: str | None) -> list[Job]:
+def jobs_named(place: Workplace, only: str | None) -> list[Job]:
     """Jobs whose run's name holds one of the texts, which commas separate, as whole parts; all without any.
 
     "vnet-8" is in "vnet-8-s0" but not in "vnet-80-s0".
@@ -324,9 +325,9 @@ def pending(place: Workplace, only: str | None, adopted: set[str]) -> Iterator[J
 
     Args:
         place: the study.
-        only: see `chosen`.
+        only: see `jobs_named`.
         adopted: keys of committed results that count as finished.
     """
-    for job in one_a_key(chosen(place, only)):
+    for job in one_a_key(jobs_named(place, only)):
         if not job.executed and job.key not in adopted:
             yield job

@@ -1,13 +1,14 @@
 """A study's report: its page, the executed notebooks as pages, what is kept with them, and the overview of all."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mlrpl import ablations, audit_report, captions, statistics, tables
-from mlrpl.comparison import comparison_tables
+from mlrpl import ablations, audit_report, captions, tables
+from mlrpl.comparison import Part, outcomes, trainings
 from mlrpl.config import Run
 from mlrpl.evaluation import PREDICTIONS
 from mlrpl.execution import execute, notebook_parameters
@@ -166,32 +167,14 @@ def page(folder: Path, job: Job, notebook: str) -> Path:
 def _index(place: Workplace, found: Results, provenance: dict[str, Any]) -> None:
     study, folder = place.study, place.results
     everything, found = found, found.compared()
-    made = comparison_tables(place, found)
-    reference = study.reference_title
-    sure = statistics.summary(found.metrics, found.runs, reference=reference)
+    first, *others = outcomes(place, found)
+    first = replace(first, text=remarks([job.run for job in one_a_key(place.jobs)], everything.runs) + first.text)
     shown = [name for name in REPORT_PAGES if (folder / f"{name}.html").exists()]
     sections = [
-        Section(
-            "Comparison",
-            text=remarks([job.run for job in one_a_key(place.jobs)], everything.runs) + captions.COMPARISON,
-            table=made["comparison"],
-            figures=_pictures(folder, "distributions", "label-efficiency"),
-        ),
-        Section(
-            "How sure is that",
-            f"{captions.SURE} {statistics.limits(sure, reference)}",
-            made["statistics"],
-            figures=_pictures(folder, "differences"),
-        ),
-        Section("The same by the published selection", captions.SURE_PUBLISHED, made["statistics-published"]),
-        Section("What the published selection adds", captions.OPTIMISM, made["optimism"]),
-        *_section("What the largest component alone changes", captions.LARGEST, made["largest"]),
-        *_section("What BatchNorm's running statistics cost", captions.NORMALISATION, made["normalisation"]),
+        *_sections([first, *others], folder),
         *_ablation_section(place),
         *_reliability_section(place, everything),
-        *_precision_section(folder, made.get("precision")),
-        Section("Learning", figures=_pictures(folder, "learning-curves", "checks")),
-        Section("Cost of a training step", captions.COST, made["cost"]),
+        *_sections(trainings(place, found), folder),
         Section("Cases", f"Licence of the images: {place.store.licence}.", figures=_pictures(folder, "contours")),
         Section("Terms", captions.TERMS),
         Section(
@@ -238,15 +221,12 @@ def remarks(asked: Sequence[Run], runs: pd.DataFrame) -> str:
     return said + tables.conditions(runs)
 
 
-def _section(title: str, text: str, table: pd.DataFrame) -> list[Section]:
-    return [Section(title, text, table)] if len(table) else []
-
-
-def _precision_section(folder: Path, table: pd.DataFrame | None) -> list[Section]:
-    if table is None:
-        return []
-    pictures = _pictures(folder, "precision")
-    return [Section("Does reduced precision train alike", captions.PRECISION, table, figures=pictures)]
+def _sections(parts: Sequence[Part], folder: Path) -> list[Section]:
+    return [
+        Section(part.heading, part.text, part.table, figures=_pictures(folder, *part.figures))
+        for part in parts
+        if part.shown
+    ]
 
 
 def _ablation_section(place: Workplace) -> list[Section]:

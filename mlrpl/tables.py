@@ -14,11 +14,10 @@ import pandas as pd
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
-from mlrpl.data import Store
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import IDENTITY, LARGEST, OWN, SELECTIONS
 from mlrpl.files import write_text
 from mlrpl.provenance import CHANGED
+from mlrpl.rows import IDENTITY, LARGEST, OWN, SELECTIONS
 from mlrpl.words import counted
 
 ROW = [*IDENTITY, "selection", "output", "case", "class"]
@@ -52,7 +51,7 @@ def titled(metrics: pd.DataFrame, runs: pd.DataFrame, outputs: Iterable[str] = O
     return rows
 
 
-def chosen(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
+def rows_of(rows: pd.DataFrame, selection: str, output: str) -> pd.DataFrame:
     """Rows of one selection and output; a run with one decoder only is its own mean."""
     rows = rows[rows["selection"] == selection]
     averaged = rows.loc[rows["output"] == "mean", IDENTITY].drop_duplicates()
@@ -163,7 +162,7 @@ def per_seed(
 
     ``dice`` and ``jaccard`` in %, distances as they are; NaN where there is no such run, or no distance.
     """
-    rows = chosen(titled(metrics, runs), selection, output).astype({"title": str})
+    rows = rows_of(titled(metrics, runs), selection, output).astype({"title": str})
     table = rows.groupby(["labelled", "case", "title", "seed"])[measure].mean().unstack(["title", "seed"]).sort_index()
     table = table[[title for title in dict.fromkeys(runs["title"]) if title in table]]
     return table * 100 if measure in ("dice", "jaccard") else table
@@ -450,26 +449,6 @@ def measures(rows: pd.DataFrame, unit: str = "voxels") -> dict[str, pd.Series]:
     return {heading: (rows[name] * scale.get(name, 1)).map(two_decimals) for name, heading in shown.items()}
 
 
-def data_summary(store: Store) -> pd.DataFrame:
-    """A row a split: cases, cases with a label, range of sizes in voxels, range of spacings in mm."""
-    rows = []
-    for split in ("train", "val", "test"):
-        cases = [case for case in store.index["cases"] if case["split"] == split]
-        if not cases:
-            continue
-        shapes, spacings = ([case[name] for case in cases] for name in ("shape", "spacing"))
-        rows.append(
-            {
-                "Split": split,
-                "Cases": len(cases),
-                "With label": sum(case["has_label"] for case in cases),
-                "Size (voxels)": _range(shapes, "{:.0f}"),
-                "Spacing (mm)": _range(spacings, "{:.2f}") if store.real_spacing else "unknown",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def facts(values: Mapping[str, object]) -> pd.DataFrame:
     """Settings or provenance, nested ones by dotted names, one a row."""
     rows: dict[str, str] = {}
@@ -479,12 +458,6 @@ def facts(values: Mapping[str, object]) -> pd.DataFrame:
         elif value not in ("", None):
             rows[name] = str(value)
     return pd.DataFrame({"Setting": list(rows), "Value": list(rows.values())})
-
-
-def _range(triples: Sequence[Sequence[float]], form: str) -> str:
-    """Smallest … largest, by axis."""
-    ranges = [(form.format(min(axis)), form.format(max(axis))) for axis in zip(*triples, strict=True)]
-    return " × ".join(low if low == high else f"{low}–{high}" for low, high in ranges)
 
 
 def show(table: pd.DataFrame) -> Styler | Markdown:

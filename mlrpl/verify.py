@@ -18,12 +18,13 @@ from mlrpl import ablations, audit_report, tables
 from mlrpl.comparison import comparison_tables
 from mlrpl.devices import device_name, find_device
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import IDENTITY, PREDICTIONS, SELECTIONS
+from mlrpl.evaluation import PREDICTIONS
 from mlrpl.files import read_rows
 from mlrpl.methods import METHODS
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.results import Results
+from mlrpl.rows import IDENTITY, SELECTIONS
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load
 from mlrpl.words import counted

@@ -11,6 +11,7 @@ import torch
 
 from mlrpl.bench import hardware, run, works
 from mlrpl.bench.methods import measure
+from mlrpl.bench.page import costs_figure
 from mlrpl.bench.timing import compare, verdict
 from mlrpl.bench.works import Size
 from mlrpl.errors import StudyError
@@ -79,6 +80,13 @@ def test_the_cost_of_a_method_counts_teachers_and_perturbed_passes():
         assert cost["seconds"] > 0 and cost["peak_memory_mb"] > 0
     plain, ours = measure("plain", TINY, CPU, 1), measure("mlrpl", TINY, CPU, 1)
     assert plain["parameters"] == ours["parameters"]
+
+
+def test_a_method_that_is_added_has_its_bar(monkeypatch):
+    monkeypatch.setitem(METHODS, "added", type("Added", (METHODS["mlrpl"],), {}))
+    rows = pd.DataFrame({"method": ["plain", "vnet", "added"], "seconds": [1.0, 2, 3], "peak_memory_mb": [7, 8, 9]})
+    time, _ = costs_figure(rows).axes
+    assert [label.get_text() for label in time.get_yticklabels()] == ["Added", "V-Net", "MLRPL, plain"]
 
 
 def test_peak_memory_of_a_process_is_its_own():

@@ -9,9 +9,10 @@ from torch import nn
 
 from mlrpl.config import Settings
 from mlrpl.data import Case
-from mlrpl.evaluation import LARGEST, PREDICTIONS, evaluate, own_statistics, predict_case
+from mlrpl.evaluation import PREDICTIONS, evaluate, own_statistics, predict_case
 from mlrpl.methods import METHODS, Method
 from mlrpl.precision import Precision
+from mlrpl.rows import LARGEST
 
 CPU, FLOAT32 = torch.device("cpu"), Precision("float32")
 SETTINGS = Settings(patch=(32, 16, 16), stride=(16, 16, 16), filters=2)

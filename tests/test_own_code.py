@@ -166,6 +166,10 @@ def test_compiled_a_subclass_keeps_its_own_mutual_loss():
     assert float(method.mutual_loss(logits, logits, **method.reliability)) == 3
 
 
+def test_a_method_is_titled_as_its_class_where_it_says_nothing_else():
+    assert (MLRPL.title, METHODS["vnet"].title, Mine.title) == ("MLRPL", "V-Net", "Mine")
+
+
 def test_what_a_method_says_of_replay_holds_for_no_other():
     assert MLRPL.replayable
     assert not Mine.replayable

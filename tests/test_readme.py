@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from mlrpl.audit_report import choices, later_half, predictors, subjects
-from mlrpl.evaluation import LARGEST, OWN, SELECTIONS
 from mlrpl.results import Results
+from mlrpl.rows import LARGEST, OWN, SELECTIONS
 from mlrpl.statistics import interval, summary
 
 ROOT = Path(__file__).parents[1]

@@ -28,10 +28,10 @@ import yaml
 import mlrpl.reproduce
 from mlrpl.comparison import case_views
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import LARGEST
 from mlrpl.execution import execute_run
 from mlrpl.files import read_json, write_json
 from mlrpl.results import Results, collect, run_frames
+from mlrpl.rows import LARGEST
 from mlrpl.study import Workplace, pending
 from mlrpl.training import load
 

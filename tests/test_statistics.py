@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 
 from mlrpl import statistics
-from mlrpl.statistics import differences, formatted, holm, interval, limits, probability, summary, wilcoxon
+from mlrpl.figures import differences
+from mlrpl.statistics import formatted, holm, interval, limits, probability, summary, wilcoxon
 
 
 def study(dice: dict[str, list[float]], seeds: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:

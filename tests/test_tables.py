@@ -1,6 +1,8 @@
 """Tables hold what the rows say: means over cases first, then over seeds."""
 
 import io
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
@@ -8,9 +10,9 @@ import pandas as pd
 import pytest
 
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import LARGEST, OWN
 from mlrpl.files import read_rows
 from mlrpl.results import step_seconds
+from mlrpl.rows import LARGEST, OWN
 from mlrpl.tables import (
     comparison,
     cost,
@@ -419,3 +421,8 @@ def test_a_difference_of_almost_nothing_has_no_sign():
     assert two_decimals(float("nan")) == "—"
     assert with_interval(-0.001, -0.37, 0.38) == "0.00 [-0.37, 0.38]"
     assert with_interval(82.2, float("nan"), float("nan")) == "82.20"
+
+
+def test_rows_are_read_without_pytorch():
+    script = "import sys, mlrpl.tables; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

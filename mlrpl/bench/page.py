@@ -13,21 +13,10 @@ from matplotlib.figure import Figure
 from mlrpl.bench.methods import PLAIN
 from mlrpl.bench.works import Size
 from mlrpl.drawing import METHOD_COLOURS, WIDTH, NotebookFigure, save, styled
+from mlrpl.methods import METHODS
 from mlrpl.report import Link, Picture, Section, write_index
 from mlrpl.training import COMPILED_FROM
 
-TITLES = {
-    "vnet": "V-Net",
-    "uamt": "UA-MT",
-    "urpc": "URPC",
-    "cct": "CCT",
-    "mcnet": "MC-Net",
-    "mcnet_plus": "MC-Net+",
-    "ssnet": "SS-Net",
-    "acmt": "AC-MT",
-    "mlrpl": "MLRPL",
-    PLAIN: "MLRPL, plain",
-}
 GROWTH = {
     "patch": "voxels of a patch",
     "batch": "volumes of a batch",
@@ -160,13 +149,17 @@ def _main_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _title(method: str) -> str:
+    return f"{METHODS['mlrpl'].title}, plain" if method == PLAIN else METHODS[method].title
+
+
 def _methods_table(methods: pd.DataFrame) -> pd.DataFrame:
     def number(value: float, text: str) -> str:
         return "—" if pd.isna(value) else format(value, text)
 
     table = pd.DataFrame(
         {
-            "Method": methods["method"].map(TITLES),
+            "Method": methods["method"].map(_title),
             "Step (s)": [number(v, "#.3g") for v in methods["seconds"]],
             "× V-Net": [number(v, ".2f") for v in methods["ratio_to_vnet"]],
             "Peak memory (GB)": [number(v / 1000, ".2f") for v in methods["peak_memory_mb"]],
@@ -231,7 +224,7 @@ def costs_figure(methods: pd.DataFrame) -> Figure:
     measured = methods.dropna(subset=["seconds"]).sort_values("seconds", ascending=False)
     figure = NotebookFigure(figsize=(WIDTH, 0.7 + 0.2 * len(measured)), layout="constrained")
     time, memory = figure.subplots(1, 2, sharey=True)
-    names = [TITLES[method] for method in measured["method"]]
+    names = list(map(_title, measured["method"]))
     colours = [METHOD_COLOURS.get(name, YARDSTICK) for name in names]
     _bars(time, names, measured["seconds"], colours, "seconds a step")
     _bars(memory, names, measured["peak_memory_mb"] / 1000, colours, "peak memory (GB)")

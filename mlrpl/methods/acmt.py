@@ -45,6 +45,7 @@ def ambiguous_consistency(student: Tensor, teacher: Tensor, threshold: float | T
 class ACMT(MeanTeacher):
     """Ambiguity-consensus mean teacher, entropy selection."""
 
+    title: ClassVar[str] = "AC-MT"
     replayable: ClassVar[bool] = True
 
     def schedule(self, step: Step) -> dict[str, float]:

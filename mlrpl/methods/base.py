@@ -34,6 +34,7 @@ class Method(nn.Module):
     """Base of all methods. A subclass sets `self.network` and writes `loss`; its keyword arguments are its options.
 
     Class attributes:
+        title: as tables and figures print it; by default the name of the class.
         result_version: raise it when a change of code changes results, and old runs are no longer taken as finished.
         uses_unlabelled: False for a method whose batches are all labelled.
         needs_unlabelled: False for a method that also trains on a `batch` without unlabelled volumes.
@@ -51,6 +52,7 @@ class Method(nn.Module):
         num_classes: classes, background included.
     """
 
+    title: ClassVar[str]
     result_version: ClassVar[int] = 1
     uses_unlabelled: ClassVar[bool] = True
     needs_unlabelled: ClassVar[bool] = True
@@ -62,8 +64,9 @@ class Method(nn.Module):
     compiled = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """What one class says of its step holds for no other: a method that extends it must say so itself."""
+        """What one class says of its title and step holds for no other: one that extends it must say so itself."""
         super().__init_subclass__(**kwargs)
+        cls.title = vars(cls).get("title", cls.__name__)
         cls.replayable = vars(cls).get("replayable", False)
 
     def __init__(self, settings: Settings, in_channels: int, num_classes: int) -> None:

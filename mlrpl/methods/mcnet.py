@@ -42,6 +42,7 @@ def mutual_consistency(logits: Sequence[Tensor]) -> Tensor:
 class MCNet(Method):
     """MC-Net: two decoders, transposed convolutions and trilinear interpolation."""
 
+    title: ClassVar[str] = "MC-Net"
     upsamplings: ClassVar[tuple[str, ...]] = ("deconv", "trilinear")
     replayable: ClassVar[bool] = True
 
@@ -60,5 +61,6 @@ class MCNet(Method):
 class MCNetPlus(MCNet):
     """MC-Net+: a third decoder, nearest-neighbour interpolation."""
 
+    title: ClassVar[str] = "MC-Net+"
     upsamplings: ClassVar[tuple[str, ...]] = ("deconv", "trilinear", "nearest")
     replayable: ClassVar[bool] = True

@@ -78,6 +78,7 @@ class ClassMemory(nn.Module):
 class SSNet(Method):
     """Smoothness and class separation on a V-Net with one decoder."""
 
+    title: ClassVar[str] = "SS-Net"
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
     replayable: ClassVar[bool] = True
 

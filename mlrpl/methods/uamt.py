@@ -44,6 +44,7 @@ def masked_consistency(student: Tensor, teacher: Tensor, uncertainty: Tensor, th
 class UAMT(MeanTeacher):
     """Uncertainty-aware mean teacher."""
 
+    title: ClassVar[str] = "UA-MT"
     replayable: ClassVar[bool] = True
 
     def schedule(self, step: Step) -> dict[str, float]:

@@ -17,6 +17,7 @@ from mlrpl.methods.base import Method, Step
 class SupervisedVNet(Method):
     """One deconv decoder on batches that are labelled throughout."""
 
+    title: ClassVar[str] = "V-Net"
     uses_unlabelled: ClassVar[bool] = False
     needs_unlabelled: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("decoder1",)
