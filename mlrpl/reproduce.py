@@ -81,6 +81,8 @@ def reproduce(
         StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
     """
     started = time.monotonic()
+    if slurm and report_only:
+        raise StudyError("--report-only runs nothing, and --engine slurm queues every run: leave one of them out")
     if slurm:  # before anything is prepared
         minutes(slurm.time)
         one_device(device)
