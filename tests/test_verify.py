@@ -115,6 +115,15 @@ def test_verify_finds_rows_and_weights_that_are_not_the_runs(verified):
     assert len(wrong(verify(verified, "vnet-1-s0"))["weights of vnet-1-s0, trained anew"]) == 1
 
 
+def test_rows_of_a_run_that_the_study_no_longer_has_are_named(verified):
+    edit(Path("small.yaml"), "variant: mlrpl", "variant: ours")
+    found = wrong(verify(Workplace("small.yaml")))
+    assert found["keys of runs"] == ("mlrpl-1-s0: no such run in the study",)
+    assert "tables/cost" in found  # which then has a row too many
+    edit(Path("small.yaml"), "variant: vnet", "variant: other")
+    assert len(wrong(verify(Workplace("small.yaml")))["keys of runs"]) == 2
+
+
 def test_results_of_a_dirty_working_tree_are_marked(verified):
     runs = pd.read_csv("results/small/runs.csv", dtype=str)
     runs.assign(commit=["0123456789ab+changes", "0123456789ab"]).to_csv("results/small/runs.csv", index=False)
