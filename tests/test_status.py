@@ -54,6 +54,8 @@ def test_runs_trained_and_evaluated_one_step_at_a_time_are_told_too(place):
     first, *others = standings(place)
     assert first.state == "finished" and first.detail.endswith("of training")
     assert {standing.state for standing in others} == {"waiting"}
+    (folder / "worker.log").write_text("mlrpl: run vnet-1-s0: the loss is nan at iteration 1\n")  # of a time before
+    assert standings(place)[0] == first
 
 
 def test_what_another_study_has_done_is_done_unless_it_lacks_the_audit(place):
