@@ -78,7 +78,7 @@ def reproduce(
         The reason of each failed run; empty where all is well.
 
     Raises:
-        StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
+        StudyError: for what concerns the whole study: its settings, its data, its folders, its results, the device.
     """
     started = time.monotonic()
     if slurm and report_only:
@@ -206,9 +206,9 @@ def _other_results(place: Workplace) -> dict[Path, Results]:
     found = {}
     for path in sorted(place.results.parent.glob("*/runs.csv")):
         if path.parent != place.results:
-            with suppress(ValueError, OSError):  # ValueError: no table
+            with suppress(StudyError):
                 found[path.parent] = Results.load(path.parent)
-    return {folder: results for folder, results in found.items() if results.whole}
+    return found
 
 
 def _check_name(place: Workplace, committed: Results) -> None:

@@ -30,7 +30,7 @@ def standings(place: Workplace) -> list[Standing]:
     """Of every run, in the study's order; runs that coincide are one, which bears the first's name.
 
     Raises:
-        StudyError: where nothing of the study has been run here.
+        StudyError: where nothing of the study has been run here, or its results are not whole.
     """
     if not place.runs.is_dir():
         raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce {place.given}")

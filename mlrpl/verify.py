@@ -55,7 +55,7 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
         retrain: name of a run to train anew on the CPU.
 
     Raises:
-        StudyError: where there are no results, or the run to train is not at hand.
+        StudyError: where there are no results or these are not whole, or the run to train is not at hand.
     """
     found = Results.load(place.results)
     if not len(found):
