@@ -169,12 +169,12 @@ def studies() -> None:
 
 
 @app.command()
-def status(study: StudyName, runs: Runs = "runs") -> None:
+def status(study: StudyName, runs: Runs = "runs", results: Results = "results") -> None:
     """Where every run of a study stands."""
     from mlrpl.status import described
     from mlrpl.study import Workplace
 
-    print(described(Workplace(study, runs)))
+    print(described(Workplace(study, runs, results)))
 
 
 @app.command()

@@ -105,7 +105,7 @@ def test_every_state_is_told_with_its_detail(place):
     assert len(lines) == 5
 
 
-def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
+def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place, monkeypatch, capfd):
     variants = [
         {"variant": "wr-hr", "title": "+ WR + HR"},
         {"variant": "ce", "title": "CE", "options": {"selection": "all"}},
@@ -126,6 +126,11 @@ def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
     first, other = standings(Workplace("stands.yaml"))
     assert first.state == "committed" and first.detail == f"in {place.results}/; --adopt takes it as finished"
     assert other.state == "waiting"
+    place.results.parent.rename("elsewhere")
+    monkeypatch.setattr(sys, "argv", ["mlrpl", "status", "stands.yaml", "--results", "elsewhere"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "committed  in elsewhere/stands/; --adopt takes it" in capfd.readouterr().out
 
 
 def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):
