@@ -11,6 +11,7 @@ import yaml
 
 from mlrpl import tables
 from mlrpl.comparison import comparison_tables
+from mlrpl.data import Store
 from mlrpl.results import Results, collect
 from mlrpl.study import Workplace
 from mlrpl.training import load
@@ -70,6 +71,14 @@ def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
     assert findings["rows against predicted label maps"].compared == findings["keys of runs"].compared == 2
     assert findings["weights of mlrpl-1-s0, trained anew"].compared > 100
     assert findings["rows of mlrpl-1-s0, trained anew"].compared == 6
+
+
+def test_of_the_cases_only_the_references_are_read_and_each_of_them_once(verified, monkeypatch):
+    read, original = [], Store._read
+    monkeypatch.setattr(Store, "_read", lambda store, *what: (read.append(what), original(store, *what))[1])
+    findings = {finding.what: finding for finding in verify(verified)}
+    assert findings["rows against predicted label maps"].compared == 2
+    assert read == [("test-000", "label")]
 
 
 def test_without_runs_and_cases_the_tables_are_recomputed(verified):
