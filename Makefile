@@ -20,8 +20,10 @@ else
   READY := $(STAMP)
 endif
 
-CLUSTER := $(if $(ENGINE),--engine "$$ENGINE" $${PARTITION:+--partition "$$PARTITION"} $${GPUS:+--gpus "$$GPUS"} \
-	$${TIME:+--time "$$TIME"} $${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"})
+# Without ENGINE, a TIME that was not typed is somebody's own variable: it is what `time` prints.
+CLUSTER := $${ENGINE:+--engine "$$ENGINE"} $${PARTITION:+--partition "$$PARTITION"} $${GPUS:+--gpus "$$GPUS"} \
+	$(if $(ENGINE)$(filter command,$(origin TIME)),$${TIME:+--time "$$TIME"}) \
+	$${MEMORY:+--memory "$$MEMORY"} $${ACCOUNT:+--account "$$ACCOUNT"} $${QOS:+--qos "$$QOS"}
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce cost data bench test test-all test-faults advisories lab lint lock clean environment active-environment

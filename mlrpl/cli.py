@@ -48,8 +48,11 @@ def reproduce(
     results: Results = "results",
     engine: Annotated[Literal["local", "slurm"], typer.Option(help="Where the runs go.")] = "local",
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="Slurm: GPUs a run.")] = 0,
-    time: Annotated[str, typer.Option(help="Slurm: time limit of a job; a run goes on in the next.")] = "24:00:00",
+    gpus: Annotated[int | None, typer.Option(min=0, help="Slurm: GPUs a run; default: none.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="Slurm: time limit of a job; a run goes on in the next; default: 24:00:00."),
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Slurm: memory a run, as 16G.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
@@ -61,7 +64,13 @@ def reproduce(
     from mlrpl.slurm import Resources
 
     _end_with(parent)
-    on_slurm = Resources(partition, gpus, time, memory, account, qos, jobs) if engine == "slurm" else None
+    options = {
+        "partition": partition, "gpus": gpus, "time": time, "memory": memory, "account": account, "qos": qos,
+    }  # fmt: skip
+    asked = {name: value for name, value in options.items() if value is not None}
+    if asked and engine != "slurm":
+        raise StudyError(f"--{next(iter(asked))} is for Slurm alone: type --engine slurm too, or leave it out")
+    on_slurm = Resources(**asked, at_once=jobs) if engine == "slurm" else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is a Ctrl-C
     with _interruptible():
         failures = run_study(
@@ -166,12 +175,12 @@ def studies() -> None:
 
 
 @app.command()
-def status(study: StudyName, runs: Runs = "runs") -> None:
+def status(study: StudyName, runs: Runs = "runs", results: Results = "results") -> None:
     """Where every run of a study stands."""
     from mlrpl.status import described
     from mlrpl.study import Workplace
 
-    print(described(Workplace(study, runs)))
+    print(described(Workplace(study, runs, results)))
 
 
 @app.command()

@@ -144,10 +144,11 @@ def comparison_tables(place: Workplace, found: Results) -> dict[str, pd.DataFram
 
 
 def cost_table(place: Workplace, found: Results) -> pd.DataFrame:
-    """What a training step of each method costs: `mlrpl.tables.cost`."""
-    first = found.runs.drop_duplicates("title")["run"]
+    """What a training step of each method costs: `mlrpl.tables.cost`; without runs that the study no longer has."""
+    runs = {job.run.name: job.run for job in place.jobs}
+    rows = found.runs[found.runs["run"].isin(runs)]
     sizes = place.store.channels, len(place.store.classes)
-    return tables.cost(found.runs, {name: _volumes(place.job(name).run, *sizes) for name in first})
+    return tables.cost(rows, {name: _volumes(runs[name], *sizes) for name in rows.drop_duplicates("title")["run"]})
 
 
 def _volumes(run: Run, channels: int, classes: int) -> tuple[int, int]:

@@ -28,21 +28,6 @@ from mlrpl.words import counted, duration
 from mlrpl.workers import WORKER_LOG, last_line, run_all, usual_jobs
 
 PACKAGE = Path(__file__).parent
-REPORTING = (
-    "ablations",
-    "audit_report",
-    "captions",
-    "comparison",
-    "drawing",
-    "explore",
-    "figures",
-    "precision_report",
-    "report",
-    "results",
-    "statistics",
-    "study_report",
-    "tables",
-)
 
 
 def reproduce(
@@ -78,9 +63,11 @@ def reproduce(
         The reason of each failed run; empty where all is well.
 
     Raises:
-        StudyError: for what concerns the whole study: its settings, its data, its folders, the device.
+        StudyError: for what concerns the whole study: its settings, its data, its folders, its results, the device.
     """
     started = time.monotonic()
+    if slurm and report_only:
+        raise StudyError("--report-only runs nothing, and --engine slurm queues every run: leave one of them out")
     if slurm:  # before anything is prepared
         minutes(slurm.time)
         one_device(device)
@@ -204,9 +191,9 @@ def _other_results(place: Workplace) -> dict[Path, Results]:
     found = {}
     for path in sorted(place.results.parent.glob("*/runs.csv")):
         if path.parent != place.results:
-            with suppress(ValueError, OSError):  # ValueError: no table
+            with suppress(StudyError):
                 found[path.parent] = Results.load(path.parent)
-    return {folder: results for folder, results in found.items() if results.whole}
+    return found
 
 
 def _check_name(place: Workplace, committed: Results) -> None:
@@ -248,17 +235,16 @@ def _source(*files: Path) -> list[str]:
 
 
 def _data_key(place: Workplace) -> dict[str, str]:
-    """What 01-data depends on, and where it puts its figures."""
-    sources = NOTEBOOKS / "01-data.ipynb", PACKAGE / "data_report.py", PACKAGE / "drawing.py"
+    """What 01-data depends on, and where it puts its figures; of the code all, since any of it may be imported."""
+    sources = NOTEBOOKS / "01-data.ipynb", *sorted(PACKAGE.rglob("*.py"))
     settings = place.study.dataset.model_dump(), str(place.results.parent)
     return {"key": _hash([place.store.fingerprint, place.store.classes, settings, _source(*sources)])}
 
 
 def _report_key(place: Workplace, found: Results) -> dict[str, str]:
-    """What the report depends on: rows, the study's words and the code that shows them."""
+    """What the report depends on: rows, the study's words, notebooks and templates, and with the data the code."""
     sources = [NOTEBOOKS / f"{name}.ipynb" for name in report_notebooks(place, found)]
     sources += sorted((PACKAGE / "templates").rglob("*.*"))
-    sources += [PACKAGE / f"{name}.py" for name in REPORTING]
     if place.study.ablations_of:
         sources += sorted((place.results.parent / place.study.ablations_of).glob("*.csv"))
     runs = found.runs[["run", "key", "adopted"]].values.tolist()

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from mlrpl.config import Ablation
+from mlrpl.errors import StudyError
 from mlrpl.files import atomic, read_rows
 from mlrpl.rows import IDENTITY
 from mlrpl.study import Job
@@ -26,6 +27,8 @@ from mlrpl.study import Job
 CURVE_POINTS = 150  # means over equal stretches of a run: what a figure can show, and small enough to commit
 AUDIT_POINTS = 8  # stretches
 STEPS_TIMED = 20  # iterations in a stretch whose steps are timed
+FOUND_BY = {"metrics": IDENTITY, "runs": ["run", "key", *IDENTITY]}  # columns; in the other files ["run"]
+OPTIONAL = ("audit", "ablations")  # files that not every study has
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,17 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
-        """Read what `save` wrote; empty frames where nothing is there, or `save` was killed before its end."""
-        ended = (folder / "runs.csv").exists()
-        frames = {}
-        for name in cls.__annotations__:
-            path = folder / f"{name}.csv"
-            frames[name] = read_rows(path) if ended and path.exists() else pd.DataFrame()
-        return cls(**frames)
+        """Read what `save` wrote; empty frames where nothing is there, or `save` was killed before its end.
 
-    @property
-    def whole(self) -> bool:
-        """Whether the columns are there by which rows and runs are found."""
-        by_run = all("run" in frame for frame in (self.runs, self.curves, self.checks))
-        return by_run and "key" in self.runs and all({*IDENTITY} <= {*frame} for frame in (self.runs, self.metrics))
+        Raises:
+            StudyError: where a file is missing or no table, or a row lacks what it is found by, as do the lines with
+                which git marks a conflict.
+        """
+        if not (folder / "runs.csv").exists():
+            return cls(*(pd.DataFrame() for _ in range(4)))
+        paths = {name: folder / f"{name}.csv" for name in cls.__annotations__}
+        there = [name for name, path in paths.items() if name not in OPTIONAL or path.exists()]
+        return cls(**{name: _rows(paths[name], FOUND_BY.get(name, ["run"])) for name in there})
 
     def compared(self) -> "Results":
         """Without the runs that only ablations ask for: what the study's methods are compared by."""
@@ -95,6 +96,20 @@ class Results:
         rows = self.metrics.groupby(IDENTITY, dropna=False)["class"].agg(set)
         usable = rows.index[rows.map(lambda found: found == set(classes[1:]))]
         return set(self.runs.loc[pd.MultiIndex.from_frame(self.runs[IDENTITY]).isin(usable), "key"])
+
+
+def _rows(path: Path, found_by: list[str]) -> pd.DataFrame:
+    """A file's rows, each of which has something in these columns; raises as `Results.load`."""
+    try:
+        rows = read_rows(path)
+        lacking = rows[found_by].isna().any(axis=1).to_numpy()
+    except (OSError, ValueError, KeyError):  # ValueError: no table; KeyError: another one
+        problem = f"no table with the columns {', '.join(found_by)}"
+    else:
+        if not lacking.any():
+            return rows
+        problem = f"line {lacking.argmax() + 2} is no row of it"
+    raise StudyError(f"{path}: {problem}; bring back what was committed, or move {path.parent}/ away")
 
 
 def collect(

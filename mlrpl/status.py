@@ -30,7 +30,7 @@ def standings(place: Workplace) -> list[Standing]:
     """Of every run, in the study's order; runs that coincide are one, which bears the first's name.
 
     Raises:
-        StudyError: where nothing of the study has been run here.
+        StudyError: where nothing of the study has been run here, or its results are not whole.
     """
     if not place.runs.is_dir():
         raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce {place.given}")
@@ -63,8 +63,8 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
         return Standing(name, "queued", slurm_job[1]) if slurm_job else Standing(name, "waiting")
     if (owner := holder(folder)) is not None:
         return Standing(name, "running", f"{_progress(job)}; process {owner.pid} on {owner.host}")
-    if job.executed:
-        return Standing(name, "finished", _took(job))
+    if job.complete:  # whatever an older log says: it may have been finished by hand
+        return Standing(name, "finished", f"in {duration(job.provenance['train'].get('seconds', 0))} of training")
     if slurm_job:
         state, reason = slurm_job
         running = state in ("RUNNING", "COMPLETING")
@@ -78,17 +78,11 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
 
 
 def _by_hand(job: Job) -> Standing:
-    """Of a run that no `reproduce` has begun; `mlrpl train` and `mlrpl evaluate` may have."""
-    if not job.finished("train"):
-        begun = (job.folder / "checkpoint.pt").exists()
-        return Standing(job.run.name, "stopped", _progress(job)) if begun else Standing(job.run.name, "waiting")
-    if not job.finished("evaluate"):
+    """Of an unfinished run that no `reproduce` has begun; `mlrpl train` may have."""
+    if job.finished("train"):
         return Standing(job.run.name, "trained", "not evaluated yet")
-    return Standing(job.run.name, "finished", _took(job))
-
-
-def _took(job: Job) -> str:
-    return f"in {duration(job.provenance['train'].get('seconds', 0))} of training"
+    begun = (job.folder / "checkpoint.pt").exists()
+    return Standing(job.run.name, "stopped", _progress(job)) if begun else Standing(job.run.name, "waiting")
 
 
 def _progress(job: Job) -> str:

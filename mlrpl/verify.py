@@ -8,6 +8,7 @@ import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
         retrain: name of a run to train anew on the CPU.
 
     Raises:
-        StudyError: where there are no results, or the run to train is not at hand.
+        StudyError: where there are no results or these are not whole, or the run to train is not at hand.
     """
     found = Results.load(place.results)
     if not len(found):
@@ -158,22 +159,22 @@ def _rows(jobs: list[Job], found: Results) -> Finding:
 def _predictions(place: Workplace, jobs: list[Job]) -> Finding:
     """Metrics of the final weights, decoder 1, anew from label maps and references."""
     compared, wrong = 0, []
+    reference = cache(place.store.label)  # a byte a voxel, and the same for every run
+    spacings = {case["id"]: case["spacing"] for case in place.store.index["cases"]}
     for job in jobs:
         if not (job.folder / PREDICTIONS).exists():
             continue
         rows = read_rows(job.folder / "metrics.csv").query("selection == 'last' and output == 'decoder1'")
-        data = place.data_of(job.run)
-        cases = {case: data.load(case) for case in data.ids("test")}
         with np.load(job.folder / PREDICTIONS) as maps:
             for row in rows.to_dict("records"):
-                case, c = cases[row["case"]], data.classes.index(row["class"])
-                spacing = case.spacing if job.distances == "mm" else None
-                measured = case_metrics(maps[row["case"]] == c, case.label == c, spacing)
+                case, c = row["case"], job.classes.index(row["class"])
+                spacing = spacings[case] if job.distances == "mm" else None
+                measured = case_metrics(maps[case] == c, reference(case) == c, spacing)
                 compared += 1
                 if not all(
                     np.isclose(measured[m], row[m], rtol=ROW_TOLERANCE, equal_nan=True) for m in tables.MEASURES
                 ):
-                    wrong.append(f"{job.run.name}, {row['case']}, {row['class']}: the label map gives other metrics")
+                    wrong.append(f"{job.run.name}, {case}, {row['class']}: the label map gives other metrics")
     return Finding("rows against predicted label maps", compared, tuple(wrong), "" if compared else NONE_AT_HAND)
 
 

@@ -1,5 +1,6 @@
 """Ablations are a few lines of YAML, coinciding runs are one, and their tables stand beside the paper's figures."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -141,6 +142,26 @@ def test_results_come_back_from_their_files(found, tmp_path):
     assert not (tmp_path / "audit.csv").exists()
     rows = [table(results, load_study(str(tmp_path / "s.yaml")).ablations[0]) for results in (found, again)]
     assert rows[0]["dice"].to_numpy() == pytest.approx(rows[1]["dice"].to_numpy())
+
+
+CONFLICT = ["<<<<<<< HEAD", "=======", ">>>>>>> theirs"]
+
+
+@pytest.mark.parametrize("name", ["metrics", "runs", "curves", "checks", "ablations"])
+@pytest.mark.parametrize("harm", [
+    lambda lines: [CONFLICT[0], *lines, CONFLICT[1], *lines, CONFLICT[2]],
+    lambda lines: [lines[0], CONFLICT[0], lines[1], CONFLICT[1], lines[1], CONFLICT[2], *lines[2:]],
+    lambda lines: ["a,b", "1,2"],
+    lambda lines: [],
+])  # fmt: skip
+def test_results_that_are_not_whole_are_refused_in_one_line(found, tmp_path, name, harm):
+    found.save(tmp_path)
+    path = tmp_path / f"{name}.csv"
+    path.write_text("\n".join(harm(path.read_text().splitlines())))
+    with pytest.raises(StudyError) as refused:
+        Results.load(tmp_path)
+    said = rf"{path}: (no table with the columns|line 2 is no row of it).*; bring back what was committed"
+    assert re.match(said, str(refused.value))
 
 
 @pytest.mark.parametrize("written", range(5))

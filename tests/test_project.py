@@ -256,6 +256,8 @@ def test_a_cluster_gets_what_is_asked_of_it_and_no_limit_of_runs_unless_typed(ma
     assert make.calls()[-1] == "".join(f"[{word}]" for word in words)
     make("reproduce", "ENGINE=slurm", "JOBS=9")
     assert make.calls()[-1] == "[reproduce][phantom][--jobs][9][--engine][slurm]"
+    make("reproduce", "PARTITION=gpu", "TIME=2-0")  # the command refuses it without an engine
+    assert make.calls()[-1] == "[reproduce][phantom][--partition][gpu][--time][2-0]"
     make("reproduce", TIME="%E real")  # somebody's own variable
     assert make.calls()[-1] == "[reproduce][phantom]"
 

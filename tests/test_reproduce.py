@@ -434,6 +434,24 @@ def test_an_older_page_that_git_brought_back_is_written_anew(place, monkeypatch)
     assert len(written) == 1
 
 
+@pytest.mark.parametrize(("changed", "anew"), [
+    ("words.py", ["01-data", "report"]), ("data/store.py", ["01-data", "report"]), ("templates/style.css", ["report"]),
+])  # fmt: skip
+def test_pages_are_made_anew_after_any_change_of_the_code(place, monkeypatch, changed, anew):
+    place()
+    made: list[str] = []
+    monkeypatch.setattr("mlrpl.reproduce.write_report", lambda *_: made.append("report"))
+    monkeypatch.setattr("mlrpl.reproduce.execute", lambda notebook, *_, **__: made.append(notebook))
+    copy = shutil.copytree(mlrpl.reproduce.PACKAGE, "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("mlrpl.reproduce.PACKAGE", Path(copy))
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
+    assert made == []
+    with (Path(copy) / changed).open("a") as file:
+        file.write("\n")
+    mlrpl.reproduce.reproduce("tiny.yaml", device="cpu")
+    assert made == anew
+
+
 def test_other_results_get_pictures_of_the_data_too(place, monkeypatch):
     place()
     page = Path("elsewhere/tiny/index.html")

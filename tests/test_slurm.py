@@ -18,7 +18,7 @@ import pytest
 import submitit
 import yaml
 
-from mlrpl import slurm
+from mlrpl import cli, slurm
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.reproduce import reproduce
@@ -102,6 +102,24 @@ def test_a_list_of_devices_is_refused_on_slurm_before_anything_is_prepared(tmp_p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StudyError, match="name one device, or none"):
         reproduce("smoke", device="cuda:0,cuda:1", slurm=Resources())
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_queued_where_nothing_is_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StudyError, match="--report-only runs nothing, and --engine slurm queues every run"):
+        reproduce("smoke", slurm=Resources(), report_only=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [("--partition", "gpu"), ("--gpus", "0"), ("--time", "24:00:00"), ("--qos", "a")])
+def test_what_is_asked_of_slurm_is_refused_without_it(tmp_path, monkeypatch, capfd, options):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mlrpl", "reproduce", "smoke", *options])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"mlrpl: {options[0]} is for Slurm alone: type --engine slurm too, or leave it out"
     assert not list(tmp_path.iterdir())
 
 

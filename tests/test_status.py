@@ -54,6 +54,8 @@ def test_runs_trained_and_evaluated_one_step_at_a_time_are_told_too(place):
     first, *others = standings(place)
     assert first.state == "finished" and first.detail.endswith("of training")
     assert {standing.state for standing in others} == {"waiting"}
+    (folder / "worker.log").write_text("mlrpl: run vnet-1-s0: the loss is nan at iteration 1\n")  # of a time before
+    assert standings(place)[0] == first
 
 
 def test_what_another_study_has_done_is_done_unless_it_lacks_the_audit(place):
@@ -103,7 +105,7 @@ def test_every_state_is_told_with_its_detail(place):
     assert len(lines) == 5
 
 
-def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
+def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place, monkeypatch, capfd):
     variants = [
         {"variant": "wr-hr", "title": "+ WR + HR"},
         {"variant": "ce", "title": "CE", "options": {"selection": "all"}},
@@ -124,6 +126,11 @@ def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place):
     first, other = standings(Workplace("stands.yaml"))
     assert first.state == "committed" and first.detail == f"in {place.results}/; --adopt takes it as finished"
     assert other.state == "waiting"
+    place.results.parent.rename("elsewhere")
+    monkeypatch.setattr(sys, "argv", ["mlrpl", "status", "stands.yaml", "--results", "elsewhere"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "committed  in elsewhere/stands/; --adopt takes it" in capfd.readouterr().out
 
 
 def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):

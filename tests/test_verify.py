@@ -11,6 +11,7 @@ import yaml
 
 from mlrpl import tables
 from mlrpl.comparison import comparison_tables
+from mlrpl.data import Store
 from mlrpl.results import Results, collect
 from mlrpl.study import Workplace
 from mlrpl.training import load
@@ -72,6 +73,14 @@ def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
     assert findings["rows of mlrpl-1-s0, trained anew"].compared == 6
 
 
+def test_of_the_cases_only_the_references_are_read_and_each_of_them_once(verified, monkeypatch):
+    read, original = [], Store._read
+    monkeypatch.setattr(Store, "_read", lambda store, *what: (read.append(what), original(store, *what))[1])
+    findings = {finding.what: finding for finding in verify(verified)}
+    assert findings["rows against predicted label maps"].compared == 2
+    assert read == [("test-000", "label")]
+
+
 def test_without_runs_and_cases_the_tables_are_recomputed(verified):
     shutil.rmtree("runs")
     findings = {finding.what: finding for finding in verify(Workplace("small.yaml"))}
@@ -113,6 +122,15 @@ def test_verify_finds_rows_and_weights_that_are_not_the_runs(verified):
     next(iter(state["method"].values())).view(-1)[0] += 1e-6
     torch.save(state, run / "last.pt")
     assert len(wrong(verify(verified, "vnet-1-s0"))["weights of vnet-1-s0, trained anew"]) == 1
+
+
+def test_rows_of_a_run_that_the_study_no_longer_has_are_named(verified):
+    edit(Path("small.yaml"), "variant: mlrpl", "variant: ours")
+    found = wrong(verify(Workplace("small.yaml")))
+    assert found["keys of runs"] == ("mlrpl-1-s0: no such run in the study",)
+    assert "tables/cost" in found  # which then has a row too many
+    edit(Path("small.yaml"), "variant: vnet", "variant: other")
+    assert len(wrong(verify(Workplace("small.yaml")))["keys of runs"]) == 2
 
 
 def test_results_of_a_dirty_working_tree_are_marked(verified):
