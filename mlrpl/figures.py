@@ -185,14 +185,14 @@ def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None
     """Dice of final weights, decoder 1, over the number of labelled cases: a line a method, its mean over cases.
 
     Bars: from the lowest seed to the highest. A method alone at its number is a dashed level; one that was trained at
-    a single number among others has no line, and is left out. None where no method has a line.
+    a single number among others has no line, and is left out. None where fewer than two methods have a line.
     """
     rows = panels(runs)
     levels = [labelled for labelled, _ in rows]
     drawn = Counter(one.name for _, group in rows for one in group)
     series = [one for one in _once(rows) if one.line != "-" or drawn[one.name] > 1]
     solid = [one for one in series if one.line == "-"]
-    if not solid:
+    if len(solid) < 2:
         return None
     table = comparison(metrics, runs).query("selection == 'last' and output == 'decoder1'")
     table = table.set_index(["title", "labelled"])

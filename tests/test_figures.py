@@ -237,8 +237,8 @@ def test_label_efficiency_shows_means_over_cases_with_the_spread_over_seeds(monk
     assert_tidy(figure, monkeypatch)
 
 
-@pytest.mark.parametrize("levels", [{4: ALL, 40: ["V-Net"]}, {4: ALL[:2], 8: ALL[2:4]}])
-def test_without_a_method_at_several_numbers_of_labelled_cases_there_is_no_label_efficiency(levels, tmp_path):
+@pytest.mark.parametrize("levels", [{4: ALL, 40: ["V-Net"]}, {4: ALL[:2], 8: ALL[2:4]}, {4: ALL[:3], 8: ALL[:1]}])
+def test_without_two_methods_at_several_numbers_of_labelled_cases_there_is_no_label_efficiency(levels, tmp_path):
     metrics, runs, _, _ = study(levels)
     (tmp_path / "curve.png").write_bytes(b"of an earlier report")
     save(label_efficiency(metrics, runs), tmp_path, "curve")
