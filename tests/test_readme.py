@@ -18,7 +18,9 @@ from mlrpl.statistics import interval, summary
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("mlrpl", "control", "control-labelled", "vnet")
+KEPT = ("mlrpl-kept", "control-kept", None, "vnet-kept")
 INSTANCE = ("mlrpl-instance", "control-instance", None, "vnet-instance")
+INSTANCE_KEPT = ("mlrpl-instance-kept", "control-instance-kept", None, "vnet-instance-kept")
 SELECTED = (("published", "decoder1"), ("last", "decoder1"), ("last", OWN))
 
 
@@ -100,8 +102,10 @@ RESULTS = [
     ("la-half", 8, "last", METHODS),
     ("la-half", 8, "last", ("mlrpl-instance", "control-instance", None, None)),
     ("hippocampus", 20, "last", METHODS),
+    ("hippocampus", 20, "last", KEPT),
     ("hippocampus", 5, "last", METHODS),
     ("hippocampus", 5, "last", INSTANCE),
+    ("hippocampus", 5, "last", INSTANCE_KEPT),
     ("phantom-full", 4, "last", METHODS),
     ("phantom-full", 4, "last", INSTANCE),
 ]
@@ -112,7 +116,7 @@ def test_the_table_of_results(number, row):
     study, labelled, selection, variants = row
     cells = table("README.md", "says in words what they show")
     assert len(cells) == len(RESULTS)
-    for cell, variant in zip(cells[number][2:], variants, strict=True):
+    for cell, variant in zip(cells[number][3:], variants, strict=True):
         frame = measured(study, variant, labelled, selection) if variant else pd.DataFrame()
         assert each_or_mean(cell, frame) if len(frame) else cell == "", (variant, cell)
 
@@ -128,8 +132,10 @@ DIFFERENCES = [
     [("la-half", "mlrpl", "control", 8)],
     [("la-half", "mlrpl-instance", "control-instance", 8)],
     [("hippocampus", "mlrpl", "control", 20)],
+    [("hippocampus", "mlrpl-kept", "control-kept", 20)],
     [("hippocampus", "mlrpl", "control", 5)],
     [("hippocampus", "mlrpl-instance", "control-instance", 5)],
+    [("hippocampus", "mlrpl-instance-kept", "control-instance-kept", 5)],
     THREE_TIMES,
     [("phantom-full", "mlrpl-instance", "control-instance", 4)],
 ]
@@ -172,7 +178,7 @@ def test_hippocampus_with_20_labelled():
     sure = summary(found.metrics, found.runs)
     sure = sure[sure["labelled"] == 20].set_index("title").rename({"Control (β = 0)": "Control"})
     cells = table("results/README.md", "All nine methods and the controls with 20 labelled cases")
-    assert len(cells) == 14
+    assert len(cells) == 16
     for name, last, best, distance, difference, p in cells:
         row = sure.loc[name := name.removesuffix(" (one seed)")]
         assert says(last, *measured("hippocampus", variants[name], 20).mean()), name
@@ -265,6 +271,18 @@ def test_the_first_iterations_without_the_dropout_before_the_heads():
         assert says(" ".join(row), *seeds), name
 
 
+def test_hippocampus_without_the_dropout_before_the_heads():
+    variants = {"MLRPL": "mlrpl", "Control": "control", "V-Net": "vnet"}
+    cells = table("results/README.md", "To the end, with the dropout and without it")
+    assert [name for name, *_ in cells] == list(variants)
+    for name, *row in cells:
+        for cell, labelled, suffix in zip(
+            row, (20, 20, 5, 5), ("", "-kept", "-instance", "-instance-kept"), strict=True
+        ):
+            seeds = measured("hippocampus", variants[name] + suffix, labelled)
+            assert says(cell, *seeds.mean()) if len(seeds) else cell == "", (name, suffix)
+
+
 def test_hippocampus_with_5_labelled():
     variants = titles("hippocampus", 5)
     for name, last, own, best, distance in table("results/README.md", "Seed 0 of each; three were trained on another"):
@@ -346,6 +364,7 @@ def test_the_audit(column, audited):
     audit = audit[audit["distance"] == "all"]
     chosen = choices(audit[audit["class"] == "all"]).groupby(["scope", "score"])[["kept", "dropped"]].mean()
     weighed = predictors(audit[audit["scope"] == "kept"])
+    mean = weighed.loc[(weighed["class"] == "all") & (weighed["score"] == "mse"), "weight"].mean()
     weighed["part"] = np.where(weighed["class"] == "all", "all", "foreground")
     weighed = weighed[weighed["class"] != "background"].groupby(["part", "score"])["auroc"].mean()
     expected = [
@@ -353,6 +372,7 @@ def test_the_audit(column, audited):
         chosen.loc[("all", "matched"), "kept"],
         chosen.loc[("disagree", "wr"), "kept"],
         chosen.loc[("disagree", "matched"), "kept"],
+        mean,
         *(weighed[part, score] for part in ("all", "foreground") for score in ("mse", "prob")),
     ]
     cells = [row[1 + column] for row in table("results/README.md", "## The audit")]

@@ -121,7 +121,7 @@ def write(folder: Path, study: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study['name']}.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     (folder / "own_methods.py").write_text(OWN_METHODS)
-    (folder / "entropy.py").write_text(ENTROPY, encoding="utf-8")
+    (folder / "entmin.py").write_text(ENTROPY, encoding="utf-8")
     return f"{study['name']}.yaml"
 
 
@@ -648,16 +648,16 @@ def test_a_failing_run_is_listed_and_the_others_go_on(own):
     assert "this method is broken" in (failed / "02-train.failed.ipynb").read_text(encoding="utf-8")
     results = Results.load(own.folder / "results/own")
     assert list(results.runs["run"]) == ["own-1-s0", "entropy-1-s0", "plain-1-s0"]
-    assert set(results.metrics["method"]) == {"own_methods:Own", "entropy:EntropyMinimisation", "own_methods:Plain"}
+    assert set(results.metrics["method"]) == {"own_methods:Own", "entmin:EntropyMinimisation", "own_methods:Plain"}
     page = (own.folder / "results/own/index.html").read_text(encoding="utf-8")
     assert "3 of 4 runs finished" in page
-    for name in ("own_methods.py", "entropy.py"):  # no commit tells what they were
+    for name in ("own_methods.py", "entmin.py"):  # no commit tells what they were
         assert (own.folder / "results/own/code" / name).read_text() == (own.folder / name).read_text()
         assert f'href="code/{name}"' in page
     assert_says_nothing_of_this_machine(own.folder, where=own.folder / "results")
     arguments = [sys.executable, "-m", "mlrpl", "verify", "own.yaml"]
     said = subprocess.run(arguments, cwd=own.folder, text=True, capture_output=True, check=True).stdout
-    own_ones = "entropy:EntropyMinimisation, own_methods:Own, own_methods:Plain"
+    own_ones = "entmin:EntropyMinimisation, own_methods:Own, own_methods:Plain"
     assert f"no commit tells of {own_ones}: results/own/code" in said
 
 
