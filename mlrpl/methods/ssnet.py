@@ -71,8 +71,7 @@ class ClassMemory(nn.Module):
         """
         ours = self.feature_selector(features.detach(), member) @ F.normalize(features, dim=1)
         theirs = self.memory_selector(self.features, self.filled) @ F.normalize(self.features, dim=1)
-        enough = (member.sum() > 1) & (self.filled.sum() > 1)
-        return torch.where(enough, 1 - ours @ theirs, 0.0)
+        return torch.where((member.sum() > 1) & (self.filled.sum() > 1), 1 - ours @ theirs, 0.0)
 
 
 class SSNet(Method):
