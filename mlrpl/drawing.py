@@ -78,6 +78,8 @@ SPARE_COLOURS = [
 CLASS_COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 STEPS = [1, 2, 4, 5, 10]  # between ticks
 COLOURS = 256  # of a PNG
+LEGEND_LINES = 3  # that a figure has room for
+LEGEND_LINE = 0.157  # inches
 
 P = ParamSpec("P")
 
@@ -281,10 +283,11 @@ def _length(text: str, size: float) -> float:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend below the figure, in as many columns as fit its width."""
+    """One legend below the figure, in as many columns as fit its width; for a long one the figure grows."""
     lengths = [0.65 + _length(handle.get_label(), 7.5) for handle in handles]
     for lines in range(1, len(handles) + 1):
         columns = np.array_split(lengths, ceil(len(handles) / lines))  # as Matplotlib deals them out
         if sum(column.max() for column in columns) < figure.get_figwidth():
             break
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(lines - LEGEND_LINES, 0))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(columns))

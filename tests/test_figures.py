@@ -130,6 +130,16 @@ def test_a_method_keeps_its_colour_and_variants_take_free_ones():
     assert len({colours(beside_all)[title] for title in beside_all}) == len(beside_all)
 
 
+def test_a_long_legend_takes_nothing_from_the_panels(monkeypatch):
+    heights = []
+    for titles in (ALL[:3], [*ALL, *(f"A variant with a long title ({n})" for n in range(16))]):
+        metrics, runs, _, checked = study({4: titles, 8: titles})
+        figure = checks(checked, metrics, runs)
+        assert_tidy(figure, monkeypatch)
+        heights.append(figure.axes[0].get_window_extent().height / figure.dpi)
+    assert heights[1] > 0.8 * heights[0]
+
+
 @pytest.mark.parametrize("name", study_names())
 def test_no_two_methods_of_a_study_have_one_colour(name):
     titles = list(dict.fromkeys(run.title for run in load_study(name).runs() if not run.ablation))
