@@ -334,6 +334,12 @@ def test_a_wrong_option_is_named_before_anything_is_trained(options, expected):
     assert expected in str(error.value)
 
 
+def test_one_decoder_offers_neither_a_mean_nor_a_disagreement():
+    one = build(example(options={"upsamplings": ["deconv"]}, settings={"filters": 1}), 1, 2)
+    two = build(example(settings={"filters": 1}), 1, 2)
+    assert (one.outputs, two.outputs) == (("decoder1",), ("decoder1", "mean"))
+
+
 def test_every_method_says_its_name_in_the_table_of_methods():
     assert {"vnet", "mlrpl"} <= set(METHODS)
     assert all(issubclass(method, Method) for method in METHODS.values())
