@@ -74,7 +74,9 @@ def explorable(place: Workplace) -> list[Job]:
 
 
 def typical(place: Workplace) -> tuple[Job, str]:
-    """The run and the test case that an exploration starts with: MLRPL's first (else any) run, its median case by Dice.
+    """The run and the test case that an exploration starts with: the reference's first run, its median case by Dice.
+
+    Where none of the reference's is here, a run of the same method, which has the same decoders to show; else any.
 
     Raises:
         StudyError: where no run of the study is trained here.
@@ -84,7 +86,9 @@ def typical(place: Workplace) -> tuple[Job, str]:
         raise StudyError(
             f"study {place.study.name}: no trained run in {place.root}/: make reproduce STUDY={place.given}"
         )
-    job = next((job for job in jobs if job.run.title == place.study.reference_title), jobs[0])
+    title = place.study.reference_title
+    methods = {job.run.method for job in place.jobs if job.run.title == title}
+    job = max(jobs, key=lambda job: (job.run.title == title, job.run.method in methods))  # the first of equals
     cases = place.data_of(job.run).ids("test")
     if (job.folder / "metrics.csv").exists():
         cases = case_dice(read_rows(job.folder / "metrics.csv")).index.tolist()

@@ -176,7 +176,8 @@ def distributions(metrics: pd.DataFrame, runs: pd.DataFrame, unit: str = "voxels
                 ax.set_title(f"{labelled} labelled", loc="left")
         grid[0, column].xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
     grid[0, 1].set_xlim(left=0)
-    add_legend(figure, [*dots_and_box_handles(), Line2D([], [], color="0.8", linewidth=0.8, label="the same case")])
+    joined = [Line2D([], [], color="0.8", linewidth=0.8, label="the same case")] if max(heights) > 1 else []
+    add_legend(figure, [*dots_and_box_handles(), *joined])
     return figure
 
 

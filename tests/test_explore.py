@@ -125,6 +125,17 @@ def test_it_starts_with_mlrpl(place):
     assert typical(place)[0].run.name == "mlrpl-1-s0"
 
 
+def test_where_mlrpl_is_elsewhere_it_starts_with_a_variant_that_has_its_decoders(tmp_path, folder):
+    wide = {**TINY["runs"][1], "variant": "mlrpl-kept", "title": "All channels", "settings": {"head_dropout": False}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "runs": [*TINY["runs"], wide]}))
+    place = Workplace(str(tmp_path / "tiny.yaml"), str(tmp_path / "runs"), str(folder / "results"))
+    for variant in ("vnet", "mlrpl-kept"):
+        place.job(f"{variant}-1-s0").folder.mkdir(parents=True)
+        (place.job(f"{variant}-1-s0").folder / "last.pt").touch()
+    shutil.copytree(folder / "runs" / "stores", tmp_path / "runs" / "stores", dirs_exist_ok=True)
+    assert typical(place)[0].run.name == "mlrpl-kept-1-s0"
+
+
 # In JupyterLab
 
 

@@ -227,6 +227,14 @@ def test_distributions_join_the_same_case():
     assert np.array([line.get_xdata() for line in joined]) == pytest.approx(dots.T)
 
 
+def test_a_legend_names_only_what_is_drawn():
+    named = {}
+    for titles in (["MLRPL"], ["V-Net", "MLRPL"]):
+        metrics, runs, _, _ = study({4: titles})
+        named[len(titles)] = [text.get_text() for text in distributions(metrics, runs).legends[0].get_texts()]
+    assert named[2] == [*named[1], "the same case"]
+
+
 def test_label_efficiency_shows_means_over_cases_with_the_spread_over_seeds(monkeypatch):
     levels = {4: ALL, 8: ALL[:3], 40: ["V-Net"]}
     metrics, runs, _, _ = study(levels, seeds=3)
