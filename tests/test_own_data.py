@@ -491,3 +491,5 @@ def test_images_in_other_folders_are_pointed_at(tmp_path):
         Decathlon(DecathlonOptions(test=0, classes=("background", "organ")), root)
     with pytest.raises(StudyError, match="two classes have one name"):
         Decathlon(DecathlonOptions(test=0, classes=("background", "organ", "organ"), lenient=True), root)
+    with pytest.raises(StudyError, match='a class is called "all"'):
+        Decathlon(DecathlonOptions(test=0, classes=("background", "all"), lenient=True), root)

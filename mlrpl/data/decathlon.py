@@ -65,6 +65,8 @@ class Decathlon:
         self.classes = options.classes or _classes(description)
         if len(set(self.classes)) < len(self.classes):
             raise StudyError(f"two classes have one name: {', '.join(self.classes)}; give each its own")
+        if "all" in self.classes:
+            raise StudyError('a class is called "all", as tables call all classes together; give it another name')
         self.channels = _channels(root, description)
         self.licence = str(description.get("licence") or description.get("license") or "licence not stated")
         self.citation = str(description.get("reference") or description.get("name") or "reference not stated")
