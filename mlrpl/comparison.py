@@ -90,7 +90,7 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
             f"{captions.SURE} {statistics.limits(sure, reference)}",
             "statistics",
             statistics.formatted(sure),
-            {"differences": partial(figures.differences, sure, reference)},
+            {"differences": partial(figures.differences, sure, reference, found.runs["title"])},
         ),
         Part(
             "The same by the published selection",

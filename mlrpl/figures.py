@@ -228,7 +228,7 @@ def seed_handles(values: Iterable[Sequence[float]]) -> list[Line2D]:
 
 
 @styled
-def differences(table: pd.DataFrame, reference: str = REFERENCE) -> Figure | None:
+def differences(table: pd.DataFrame, reference: str = REFERENCE, titles: Iterable[str] = ()) -> Figure | None:
     """Paired differences to the reference with their 95 % intervals over cases, and p after Holm's correction.
 
     Where a method is more than `REACH` points off the axis is linear up to `LINEAR` points and logarithmic beyond: one
@@ -237,13 +237,14 @@ def differences(table: pd.DataFrame, reference: str = REFERENCE) -> Figure | Non
     Args:
         table: of `mlrpl.statistics.summary`.
         reference: its title.
+        titles: in the order of the study's runs, so that variants have the colours that they have in its other figures.
     """
     rows = table[table["difference"].notna()]
     groups = list(rows.groupby("labelled"))
     if not groups:
         return None
     figure = NotebookFigure(figsize=(0.75 * WIDTH, 0.7 + 0.3 * len(groups) + 0.26 * len(rows)), layout="constrained")
-    colour = colours(table["title"])
+    colour = colours([*titles, *table["title"]])
     heights = [len(group) for _, group in groups]
     far = rows[["difference_low", "difference_high", "difference"]].abs().max(axis=None) > REACH
     axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]

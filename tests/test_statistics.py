@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from mlrpl import statistics
+from mlrpl.drawing import colours
 from mlrpl.figures import differences
 from mlrpl.statistics import formatted, holm, interval, limits, probability, summary, wilcoxon
 
@@ -183,6 +184,14 @@ def test_what_is_not_far_apart_is_drawn_to_one_scale():
     zero, near, far = (axes.transData.transform((x, 0))[0] for x in (0, -4, -12))
     assert zero - far == pytest.approx(3 * (zero - near))
     assert "logarithmic" not in axes.get_xlabel()
+
+
+def test_variants_have_the_colours_of_the_studys_other_figures():
+    ours = np.linspace(0.7, 0.9, 9)
+    table = summary(*study({"MLRPL": ours, "A": ours - 0.04, "B": ours - 0.12}))
+    (axes,) = differences(table, titles=["MLRPL", "B", "A"]).axes
+    drawn = [line.get_color() for line in axes.lines if line.get_marker() == "o"]
+    assert drawn == [colours(["B", "A"])[title] for title in ("A", "B")] != [colours("AB")[title] for title in "AB"]
 
 
 def test_p_is_printed_as_journals_do():
