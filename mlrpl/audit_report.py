@@ -351,7 +351,7 @@ def coverage_figure(found: Results) -> Figure:
         curve = mine.reindex([f"> {threshold}" for threshold in THRESHOLDS]).dropna()
         ax.plot(curve["coverage"], curve["kept"], color=THRESHOLD_COLOUR, marker="o", markersize=3.5, linewidth=1.2)
         for name, point in curve.iloc[[0, -1]].iterrows():
-            place = {"xytext": (3, -9)} if name == curve.index[0] else {"xytext": (4, 2)}
+            place = {"xytext": (3, -9)} if name == curve.index[0] else {"xytext": (0, 4), "ha": "center"}
             text = name.removeprefix("> ")
             ax.annotate(text, point, textcoords="offset points", fontsize=6.5, color="0.35", **place)
         for rule in ("matched", "wr"):
