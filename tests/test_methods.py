@@ -521,6 +521,26 @@ def test_bfloat16_reaches_every_parameter(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_in_float16_goes_where_float32_goes(name: str) -> None:
+    """As on a GPU without bf16: with the scaled loss no gradient overflows or is lost.
+
+    The same within rounding, which batch normalisation magnifies: float16's cosine is 0.97 to 0.99 here.
+    """
+    patch = (32, 32, 32)  # at 32×16×16 rounding alone turns a step by up to 35 degrees
+    batch = make_batch(patch=patch)
+    batch = batch if METHODS[name].uses_unlabelled else Batch(batch.image[:2], batch.label)
+    change = {}
+    for precision in (Precision("float32"), Precision("float16")):
+        method = make(name, patch=patch, beta_max=1.0)
+        before = nn.utils.parameters_to_vector(method.parameters()).detach().clone()
+        step = Step(1, 10, seed_iteration(0, 1, CPU))
+        optimise(method, batch, step, make_optimizer(method), precision.scaler(CPU), precision)
+        change[precision.name] = nn.utils.parameters_to_vector(method.parameters()).detach() - before
+    assert nn.functional.cosine_similarity(change["float16"], change["float32"], dim=0) > 0.95
+    assert change["float16"].norm() == pytest.approx(change["float32"].norm().item(), rel=0.1)
+
+
 @semi_supervised
 def test_resuming_is_bit_exact(name: str, tmp_path: Path) -> None:
     batches = {iteration: make_batch(classes=3, seed=iteration) for iteration in range(1, 5)}

@@ -303,6 +303,24 @@ def test_resuming_does_not_ask_the_hardware_again(store, tmp_path, monkeypatch, 
     assert Trainer(example(precision="auto"), store, tmp_path, KEY, CPU).precision == chosen
 
 
+def test_float16_skips_a_step_whose_gradients_overflow_and_remembers_its_scale(store, tmp_path):
+    """As on a GPU without bf16; the log has the loss as it is, not as it was scaled."""
+    trainer = Trainer(example(precision="float16", iterations=4), store, tmp_path, KEY, CPU)
+    assert trainer.precision.name == "float16"
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    before = {name: value.clone() for name, value in trainer.method.named_parameters()}
+    loss = trainer.step(1)["total"]
+    assert 0 < loss < 10
+    assert equal(before, dict(trainer.method.named_parameters()))
+    assert trainer.scaler.get_scale() == 2.0**39
+
+    trainer.iteration = 1
+    trainer._checkpoint()
+    resumed = Trainer(trainer.run, store, tmp_path, KEY, CPU)
+    assert resumed.scaler.get_scale() == 2.0**39
+    assert resumed.scaler.is_enabled()
+
+
 def test_a_finished_run_is_not_stepped_again(store, undisturbed, tmp_path, monkeypatch):
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
