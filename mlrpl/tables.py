@@ -454,10 +454,21 @@ def facts(values: Mapping[str, object]) -> pd.DataFrame:
     rows: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            rows |= {f"{name}.{inner}": str(v) for inner, v in value.items()}
+            rows |= {f"{name}.{inner}": as_in_a_study(v) for inner, v in value.items()}
         elif value not in ("", None):
-            rows[name] = str(value)
+            rows[name] = as_in_a_study(value)
     return pd.DataFrame({"Setting": list(rows), "Value": list(rows.values())})
+
+
+def as_in_a_study(value: object) -> str:
+    """A setting's value as the study's file spells it.
+
+    >>> as_in_a_study(("mirror",)), as_in_a_study(False)
+    ('[mirror]', 'false')
+    """
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_in_a_study, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def show(table: pd.DataFrame) -> Styler | Markdown:

@@ -1,6 +1,8 @@
 """What a newcomer meets first: lock, conda file, Makefile, package."""
 
 import ast
+import doctest
+import importlib
 import json
 import os
 import re
@@ -20,6 +22,11 @@ from ruff import find_ruff_bin
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXAMPLES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "mlrpl").rglob("*.py")
+    if re.search(r"^ *>>> (?!.*SKIP)", path.read_text(encoding="utf-8"), re.MULTILINE)
+)
 CUDA = re.compile("^(nvidia-|cuda-|triton)")  # what torch's CUDA build brings and pins itself
 
 
@@ -33,6 +40,12 @@ def pins(lines: list[str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def lock() -> dict[str, str]:
     return pins((ROOT / "requirements.lock").read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings_give_what_they_say(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0 == found.failed
 
 
 def test_conda_file_has_the_versions_of_the_lock(lock):
