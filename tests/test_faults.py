@@ -417,44 +417,36 @@ def test_disk_full_while_training(small_disk):
     assert len(pd.read_csv(folder / "log.csv")) == 4
 
 
-UNPRIVILEGED = """
-import os
-import mlrpl.reproduce
-from mlrpl import cli
-if os.geteuid() == 0:  # mode bits do not bind root
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-cli.main()
+BOUND_BY_MODES = """
+import ctypes, os, sys
+if os.geteuid() == 0:  # whom mode bits do not bind while it has these two capabilities
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP
+os.execv(sys.executable, [sys.executable, "-m", "mlrpl", *sys.argv[1:]])
 """
 
 
 @pytest.fixture
-def public_folder() -> Iterator[Path]:
-    """A folder that other users can reach, unlike tmp_path."""
-    folder = Path(tempfile.mkdtemp(prefix="mlrpl-readonly-"))
-    folder.chmod(0o755)
-    yield folder
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+def lockable_folder(tmp_path) -> Iterator[Path]:
+    yield tmp_path
+    for path in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
         path.chmod(0o755)
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("locked", [".", "runs", "results"])
 @pytest.mark.fault("read-only folder")
-def test_read_only_output(public_folder, locked):
-    study = write(public_folder)
+def test_read_only_output(lockable_folder, locked):
+    study = write(lockable_folder)
     if locked != ".":
         for name in ("runs", "results"):
-            (public_folder / name).mkdir()
-            (public_folder / name).chmod(0o777)
-    (public_folder / locked).chmod(0o555)
+            (lockable_folder / name).mkdir()
+    (lockable_folder / locked).chmod(0o555)
     done = subprocess.run(
-        [sys.executable, "-c", UNPRIVILEGED, "reproduce", study], cwd=public_folder, capture_output=True,
+        [sys.executable, "-c", BOUND_BY_MODES, "reproduce", study], cwd=lockable_folder, capture_output=True,
         encoding="utf-8", timeout=1200,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     place = "runs" if locked == "." else locked
     assert done.stderr == f"mlrpl: {place}/small: cannot be written (Permission denied); make room or allow writing\n"
     assert done.stdout == ""
-    assert left_behind(public_folder) == []
+    assert left_behind(lockable_folder) == []
