@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from ruff import find_ruff_bin
 
@@ -63,6 +64,12 @@ def test_lock_holds_every_direct_dependency_within_its_range(lock):
     direct = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
     wrong = [str(r) for r in direct if lock.get(canonicalize_name(r.name)) not in r.specifier]
     assert wrong == []
+
+
+def test_lock_can_be_installed_on_every_python_that_the_package_allows(lock):
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    needed = {name: metadata.metadata(name).get("Requires-Python", "") for name in lock}
+    assert [name for name, range_ in needed.items() if not SpecifierSet(range_).contains(oldest)] == []
 
 
 def test_lock_is_closed(lock):
