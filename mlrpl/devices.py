@@ -27,6 +27,11 @@ def parse_device(name: str | None = None) -> torch.device:
     return device
 
 
+def first_device(device: str | None) -> torch.device:
+    """Of devices as typed, separated by commas, the first; as `parse_device` otherwise."""
+    return parse_device(device.split(",")[0] if device else None)
+
+
 def find_device(name: str | None = None) -> torch.device:
     """As `parse_device`, and it was tried.
 

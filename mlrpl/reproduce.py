@@ -12,8 +12,9 @@ import numpy as np
 
 from mlrpl import tables
 from mlrpl.comparison import headline
+from mlrpl.compilation import not_compiled
 from mlrpl.config import is_packaged, study_names
-from mlrpl.devices import parse_device
+from mlrpl.devices import first_device, parse_device
 from mlrpl.errors import StudyError
 from mlrpl.execution import NOTEBOOKS, execute, notebook_parameters
 from mlrpl.files import atomic, read_json, remove_temporary, write_json
@@ -127,6 +128,8 @@ def _reproduce(
         at_once = at_once or usual_jobs(device, threads)
         if todo:
             print(f"  on {device or _usual_device()}; runs at a time: {at_once}")
+            if note := not_compiled(first_device(device), (job.run.settings.iterations for job in todo)):
+                print(f"  {note}")
         failures = run_all(place, _free(todo), at_once, device, tensorboard)
     found = collect(place.jobs, committed, place.study.ablations, list(elsewhere.values()))
     if not len(found):

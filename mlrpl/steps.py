@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mlrpl import cost, tables
 from mlrpl.comparison import headline
+from mlrpl.compilation import not_compiled
 from mlrpl.config import SLUG, study_names
 from mlrpl.data import Store
 from mlrpl.data.grid import other_voxels
@@ -113,6 +114,8 @@ def cost_study(name: str, data: str | None, only: str | None, device: str | None
     """Measure what each run of a study takes here, and print it line by line as it is known."""
     place = Workplace(name, runs, data=data)
     prepare_cases(place)
+    if note := not_compiled(find_device(device), (job.run.settings.iterations for job in jobs_named(place, only))):
+        print(f"{note}\n")
     print(cost.HEAD)
     found = []
     for each in cost.costs(place, only, device):

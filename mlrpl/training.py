@@ -29,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mlrpl import audit
+from mlrpl.compilation import compilation_pays, lacking
 from mlrpl.config import Run
 from mlrpl.data import Ahead, Batch, Batches, Store
 from mlrpl.devices import device_name, peak_memory_mb
@@ -60,7 +61,6 @@ CHECK_COLUMNS = ("iteration", "dice")
 CHECKPOINT_SECONDS = 60  # at most so much work is lost; its timing changes no result
 PROGRESS_SECONDS = 2
 AHEAD = 3  # batches that a GPU finds ready
-COMPILED_FROM = 5000  # iterations: torch.compile takes a minute, a step on a GPU then two thirds
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,6 @@ def seed_iteration(seed: int, iteration: int, device: torch.device) -> torch.Gen
     random.seed(int(states[0]))
     np.random.seed(int(states[0]) % 2**32)  # noqa: NPY002
     return torch.Generator(device).manual_seed(int(states[1]))
-
-
-def compilation_pays(device: torch.device, iterations: int) -> bool:
-    """Whether so many iterations there save what torch.compile takes."""
-    return device.type == "cuda" and iterations >= COMPILED_FROM
 
 
 def learning_rate(schedule: str, base: float, iteration: int, iterations: int) -> float:
@@ -277,7 +272,7 @@ class Trainer:
         self.began_with = {**environment(), "device": device_name(device)}
         self.continued_with: list[dict[str, Any]] = []
         self._resume()
-        if compilation_pays(device, run.settings.iterations - self.iteration):
+        if compilation_pays(device, run.settings.iterations - self.iteration) and not lacking():
             self.method.compile_parts()
         self.optimise = Optimisation(self.method, self.optimizer, self.scaler, self.precision, device)
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1) if tensorboard else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mlrpl.devices import parse_device, share_devices
+from mlrpl.devices import first_device, share_devices
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json
 from mlrpl.process import MALLOC, cpu_count
@@ -115,7 +115,7 @@ def usual_jobs(device: str | None, threads: int) -> int:
         threads: of a run.
     """
     named = device.split(",") if device else []
-    if parse_device(named[0] if named else None).type == "cuda":
+    if first_device(device).type == "cuda":
         return torch.cuda.device_count() if named in ([], ["cuda"]) else len(named)
     return max(1, min(cpu_count() // threads, MOST_JOBS))
 

@@ -12,11 +12,11 @@ from test_methods import make, make_batch, sgd, train_step
 from torch import nn
 
 from mlrpl.bench.works import make_case
+from mlrpl.compilation import COMPILED_FROM, compilation_pays, lacking, not_compiled
 from mlrpl.data import Batch
 from mlrpl.evaluation import predict_case
 from mlrpl.methods import METHODS, Method
 from mlrpl.precision import Precision
-from mlrpl.training import COMPILED_FROM, compilation_pays
 
 CPU = torch.device("cpu")
 # torch asks whether a map has a gradient, and hides this warning unless warnings are errors
@@ -70,3 +70,17 @@ def test_short_runs_and_cpus_do_not_compile() -> None:
     assert compilation_pays(torch.device("cuda:1"), COMPILED_FROM)
     assert not compilation_pays(torch.device("cuda"), COMPILED_FROM - 1)
     assert not compilation_pays(CPU, 10 * COMPILED_FROM)
+
+
+def test_what_a_machine_lacks_for_compiling_is_said_before_a_run_takes_longer(monkeypatch, tmp_path) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", {"clang": "/usr/bin/clang"}.get)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    assert lacking() == not_compiled(gpu, [COMPILED_FROM]) == ""
+    (tmp_path / "Python.h").unlink()
+    assert "headers are missing" in not_compiled(gpu, [10, COMPILED_FROM])
+    monkeypatch.setattr("shutil.which", {}.get)
+    assert "half as long again: a C compiler is missing" in not_compiled(gpu, [10, COMPILED_FROM])
+    assert not_compiled(gpu, [10]) == not_compiled(CPU, [COMPILED_FROM]) == ""

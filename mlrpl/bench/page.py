@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from mlrpl.bench.methods import PLAIN
 from mlrpl.bench.works import Size
+from mlrpl.compilation import COMPILED_FROM
 from mlrpl.drawing import METHOD_COLOURS, WIDTH, NotebookFigure, save, styled
 from mlrpl.methods import METHODS
 from mlrpl.report import Link, Picture, Section, write_index
-from mlrpl.training import COMPILED_FROM
 
 GROWTH = {
     "patch": "voxels of a patch",
