@@ -9,7 +9,7 @@ import tarfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pooch
@@ -165,13 +165,27 @@ def _unpack(file: Path, folder: Path) -> None:
             members = archive.getmembers()
             if odd := [member.name for member in members if not (member.isfile() or member.isdir())]:
                 raise StudyError(f"{file.name}: {odd[0]} is a link or a device, so nothing was unpacked")
-            archive.extractall(partial, members, filter="data")
+            for member in members:
+                _unpack_member(archive, member, partial)
         inside = partial / folder.name
         if not inside.is_dir():
             raise StudyError(f"{file.name}: it holds no folder {folder.name}, so nothing was unpacked")
         inside.replace(folder)
-    except (tarfile.TarError, EOFError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        reason = "a member leaves the folder" if isinstance(error, tarfile.FilterError) else "it is no whole archive"
-        raise StudyError(f"{file.name}: {reason}, so nothing was unpacked; delete it and download it again") from None
+    except (tarfile.TarError, EOFError, FileExistsError, IsADirectoryError, NotADirectoryError):
+        raise StudyError(
+            f"{file.name}: it is no whole archive, so nothing was unpacked; delete it and download it again"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """A file or folder of the archive, contents alone. tarfile's own filter is not in Python before 3.11.4."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise StudyError(f"{Path(archive.name).name}: {name} leaves the folder, so nothing was unpacked")
+    target = folder / name
+    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+    if member.isfile():
+        with archive.extractfile(member) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)

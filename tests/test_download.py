@@ -168,11 +168,10 @@ def test_hostile_archives_leave_nothing(server, tmp_path, members):
     assert not (tmp_path / "data" / FOLDER).exists()
 
 
-def test_an_absolute_path_stays_inside(server, tmp_path):
-    target = tmp_path / "elsewhere"
-    server.content = tar({f"{FOLDER}/dataset.json": b"{}", str(target): b"x"})
-    fetch(server, tmp_path / "data")
-    assert left(tmp_path) == [f"data/{FOLDER}/dataset.json"]
+def test_an_absolute_path_is_refused(server, tmp_path):
+    server.content = tar({f"{FOLDER}/dataset.json": b"{}", str(tmp_path / "elsewhere"): b"x"})
+    refused(server, tmp_path / "data", "elsewhere leaves the folder, so nothing was unpacked")
+    assert left(tmp_path) == [f"data/{NAME}"]
 
 
 @pytest.mark.parametrize("length", [0, 300, 20_000])
