@@ -48,7 +48,7 @@ def shown(place: Workplace, own: Results | None = None) -> Shown:
     if study.ablations or not other:
         found, ablations = own or Results.load(place.results), study.ablations
         said = "This study has no ablations." if not ablations else ""
-        none = "Of this study's ablations no more than the reference run is finished yet."
+        none = "Of no ablation of this study two variants are finished yet, so there is nothing to compare."
     else:
         found, ablations = Results.load(place.results.parent / other), load_study(other).ablations
         said = f"Precomputed: these are the committed results of the study {other}; {study.name} itself runs none."

@@ -70,6 +70,8 @@ def parts(place: Workplace, found: Results) -> list[Part]:
 
 def outcomes(place: Workplace, found: Results) -> list[Part]:
     """What the runs reach on the test cases, and how sure it is."""
+    if not len(found):
+        return [Part("Comparison", "No run of the methods is finished yet, only runs of the ablations.")]
     rows, paper = (found.metrics, found.runs), [figure.model_dump() for figure in place.study.paper]
     unit, reference = place.study.distances, place.study.reference_title
     sure = statistics.summary(*rows, reference=reference)
@@ -116,6 +118,8 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
 
 def trainings(place: Workplace, found: Results) -> list[Part]:
     """How the runs trained, and at what cost, which needs the case store."""
+    if not len(found):
+        return []
     pairs = precision_report.pairs(place.study.runs(), found.runs)
     parts = [
         Part(

@@ -8,12 +8,11 @@ from typing import Any
 
 from mlrpl import own_code
 from mlrpl.errors import StoppedError, StudyError
-from mlrpl.files import atomic, remove_temporary
+from mlrpl.files import atomic
 from mlrpl.interrupt import passed_on, stop_requests
-from mlrpl.locks import locked
 from mlrpl.memory import ADVICE
 from mlrpl.process import import_jsonschema
-from mlrpl.study import ORPHAN_SECONDS, STAGES, Job, Workplace
+from mlrpl.study import STAGES, Job, Workplace, alone
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -95,12 +94,9 @@ def execute_run(
 
 def _execute_run(place: Workplace, job: Job, device: str | None, tensorboard: bool) -> None:
     name = job.run.name
-    job.folder.mkdir(parents=True, exist_ok=True)
     parameters = notebook_parameters(place, RUN=name, KEY=job.key, DEVICE=device)
     own: dict[str, dict[str, Any]] = {"train": {"TENSORBOARD": tensorboard}, "evaluate": {}}
-    with locked(job.folder, f"run {name}: another process is training it"):
-        with locked(job.folder, f"run {name}: another process is at it", "work.", ORPHAN_SECONDS):
-            remove_temporary(job.folder)
+    with alone(job):
         for stage, notebook in STAGES.items():
             if not (job.finished(stage) and (job.folder / f"{notebook}.ipynb").exists()):
                 execute(notebook, job.folder / f"{notebook}.ipynb", **parameters, **own[stage])

@@ -21,8 +21,14 @@ def available() -> int:
     if soft != resource.RLIM_INFINITY:
         left.append(soft - psutil.Process().memory_info().vms)
     with suppress(OSError, ValueError):  # no control group, or no limit ("max")
-        left.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+        used = int((CGROUP / "memory.current").read_text()) - _reclaimable((CGROUP / "memory.stat").read_text())
+        left.append(int((CGROUP / "memory.max").read_text()) - used)
     return max(0, min(left))
+
+
+def _reclaimable(statistics: str) -> int:
+    """Bytes of a control group that hold files read earlier: the system gives them to whoever asks for memory."""
+    return int(dict(line.split() for line in statistics.splitlines()).get("inactive_file", 0))
 
 
 def require(needed: int, what: str, advice: str) -> None:

@@ -144,8 +144,8 @@ def _reproduce(
         write_report(place, found, device)
         write_json(place.runs / "report.json", {**state, "page": _source(index)})  # git may bring back an older page
         _compare_with_committed(found, committed)
-    print()
-    print(tables.to_markdown(headline(found, place)))
+    if len(table := headline(found, place)):
+        print(f"\n{tables.to_markdown(table)}")
     print(f"\nReport: {index}  ({duration(time.monotonic() - started)})")
     _summary(failures, said)
     return failures

@@ -19,14 +19,15 @@ from mlrpl.data.grid import other_voxels
 from mlrpl.data_report import SPLITS
 from mlrpl.devices import find_device, parse_device
 from mlrpl.errors import StudyError
-from mlrpl.files import remove_temporary
 from mlrpl.locks import holder, locked
 from mlrpl.prediction import NOTICE, predict
 from mlrpl.proposal import have_sides, write_study
 from mlrpl.results import Results, collect
-from mlrpl.study import Job, Workplace, jobs_named
+from mlrpl.study import Workplace, alone, jobs_named
 from mlrpl.training import progress_bar
 from mlrpl.words import counted
+
+RESULTS_SECONDS = 10  # another evaluation writes its rows in less
 
 
 def prepare_study(name: str, source: str | None, runs: str, hardware: str | None = None) -> Store:
@@ -132,7 +133,7 @@ def train_study(name: str, only: str | None, device: str | None, runs: str) -> N
         if job.finished("train"):
             print(f"{job.run.name}: trained already")
             continue
-        with _alone(job), progress_bar(job.run) as watch:
+        with alone(job), progress_bar(job.run) as watch:
             place.train(job.run.name, device, watch)
 
 
@@ -143,10 +144,12 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
     if not jobs:
         raise StudyError(f"study {place.study.name}: no run is trained yet; mlrpl train {name} does it")
     for job in jobs:
-        with _alone(job), counting_bar(job.run.name, "case") as show:
+        with alone(job), counting_bar(job.run.name, "case") as show:
             place.evaluate(job.run.name, device, show)
-    committed = Results.load(place.results)
-    collect(place.jobs, committed, place.study.ablations).save(place.results)  # others keep their rows
+    busy = f"study {place.study.name}: another process is reproducing it, and will write these rows into its report"
+    with locked(place.runs, busy, wait=RESULTS_SECONDS):
+        committed = Results.load(place.results)
+        collect(place.jobs, committed, place.study.ablations).save(place.results)  # others keep their rows
     found = collect(jobs, committed)
     print(tables.to_markdown(headline(found, place)))
     print(tables.to_markdown(_by_class(found, place.study.distances)))
@@ -194,14 +197,6 @@ def predict_images(
         print(f"{name}: {problem}", file=sys.stderr)
     print(f"{len(bars) - len(problems)} of {len(bars)} images predicted, in {output}. {NOTICE}")
     return problems
-
-
-@contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with locked(job.folder, f"run {job.run.name}: another process is at it"):
-        remove_temporary(job.folder)
-        yield
 
 
 @contextmanager

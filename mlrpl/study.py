@@ -30,7 +30,7 @@ from mlrpl.data import Store, prepare
 from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
 from mlrpl.evaluation import evaluate
-from mlrpl.files import read_json, read_rows, write_json, write_text
+from mlrpl.files import read_json, read_rows, remove_temporary, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
 from mlrpl.methods import METHODS, Method, build, find_method, result_version
@@ -276,6 +276,20 @@ class Workplace:
                 seconds = round(time.monotonic() - started, 1)
                 job.record("evaluate", seconds=seconds, classes=list(job.classes))
         return read_rows(job.folder / "metrics.csv")
+
+
+@contextmanager
+def alone(job: Job) -> Iterator[None]:
+    """Hold a run's folder, without what a killed process left half-written there.
+
+    A notebook by hand may be at the run's own files all the same: it holds the lock of `Workplace._working` alone.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    busy = f"run {job.run.name}: another process is at it"
+    with locked(job.folder, busy):
+        with locked(job.folder, busy, "work.", ORPHAN_SECONDS):
+            remove_temporary(job.folder)
+        yield
 
 
 def trained(job: Job, store: Store, device: torch.device) -> tuple[Method, Precision]:

@@ -484,16 +484,21 @@ def show(table: pd.DataFrame) -> Styler | Markdown:
     )
 
 
+FORMS = {
+    ".csv": lambda table: table.to_csv(index=False),
+    ".md": lambda table: to_markdown(table) + "\n",
+    ".tex": to_latex,
+}
+
+
 def save(table: pd.DataFrame, folder: Path | str, name: str) -> None:
     """Write `<name>.csv`, `<name>.md` and `<name>.tex`; of a table without rows none is there."""
-    folder = Path(folder)
-    if table.empty:
-        for ending in (".csv", ".md", ".tex"):
-            (folder / f"{name}{ending}").unlink(missing_ok=True)
-        return
-    texts = {".csv": table.to_csv(index=False), ".md": to_markdown(table) + "\n", ".tex": to_latex(table)}
-    for ending, text in texts.items():
-        write_text(folder / f"{name}{ending}", text)
+    for ending, text_of in FORMS.items():
+        path = Path(folder) / f"{name}{ending}"
+        if table.empty:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, text_of(table))
 
 
 def two_decimals(value: float) -> str:

@@ -87,7 +87,7 @@ def _made(place: Workplace, found: Results) -> dict[str, pd.DataFrame]:
 
 
 def _tables(place: Workplace, found: Results) -> Iterator[Finding]:
-    """Every entry of the tables, in both forms, anew from the rows."""
+    """Every entry of the tables, in all forms, anew from the rows."""
     for name, table in _made(place, found).items():
         committed = place.results / "tables" / f"{name}.csv"
         if not committed.exists():
@@ -97,9 +97,12 @@ def _tables(place: Workplace, found: Results) -> Iterator[Finding]:
         expected = pd.read_csv(io.StringIO(table.to_csv(index=False)), dtype=str, keep_default_na=False)
         shown = pd.read_csv(committed, dtype=str, keep_default_na=False)
         wrong = _different_cells(shown, expected)
-        markdown = committed.with_suffix(".md")
-        if not markdown.exists() or markdown.read_text(encoding="utf-8").strip() != tables.to_markdown(table).strip():
-            wrong.append(f"{name}.md differs from what the rows give")
+        for ending, text_of in tables.FORMS.items():
+            form = committed.with_suffix(ending)
+            if form == committed:
+                continue
+            if not form.exists() or form.read_text(encoding="utf-8").strip() != text_of(table).strip():
+                wrong.append(f"{form.name} differs from what the rows give")
         yield Finding(f"tables/{name}", expected.size, tuple(wrong))
 
 

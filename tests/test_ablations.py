@@ -11,6 +11,7 @@ import pytest
 
 from mlrpl import results
 from mlrpl.ablations import caution, figure, formatted, shown, table
+from mlrpl.comparison import parts
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
 from mlrpl.files import atomic
@@ -133,6 +134,14 @@ def test_comparisons_leave_ablations_out(found):
     assert compared.runs["run"].tolist() == ["mlrpl-4-s0", "mlrpl-4-s1"]
     assert set(compared.metrics["variant"]) == {"mlrpl"}
     assert set(compared.curves["run"]) == {"mlrpl-4-s0", "mlrpl-4-s1"}
+
+
+def test_a_study_with_ablations_runs_alone_says_so_instead_of_comparing(found):
+    alone = found.only(found.runs[found.runs["ablation"] != ""]).compared()
+    assert len(found.runs) > len(alone) == 0
+    part, *more = parts(SimpleNamespace(), alone)
+    assert not more and part.shown and part.table is None and not part.figures
+    assert part.text == "No run of the methods is finished yet, only runs of the ablations."
 
 
 def test_results_come_back_from_their_files(found, tmp_path):

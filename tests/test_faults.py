@@ -19,7 +19,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from mlrpl import cli, training
+from mlrpl import cli, steps, training
 from mlrpl.config import study_names
 from mlrpl.errors import StudyError
 from mlrpl.execution import execute_run
@@ -202,8 +202,41 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path, monkeypatch, cap
         monkeypatch.setattr(sys, "argv", ["mlrpl", "run", "small.yaml", "vnet-1-s0"])
         with pytest.raises(SystemExit, match="2"):
             cli.main()
-    assert capfd.readouterr().err == "mlrpl: run vnet-1-s0: another process is training it\n"
+    assert capfd.readouterr().err == "mlrpl: run vnet-1-s0: another process is at it\n"
     assert left_behind(tmp_path / "runs/small") == []
+
+
+@pytest.mark.parametrize("step", ["train", "evaluate"])
+def test_a_run_that_a_notebook_by_hand_is_at_keeps_its_half_written_files(tmp_path, monkeypatch, step):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlrpl.study.ORPHAN_SECONDS", 0.2)
+    study = write(tmp_path)
+    job = Workplace(study).job("vnet-1-s0")
+    if step == "evaluate":
+        steps.train_study(study, None, "cpu", "runs")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    writing = job.folder / ".checkpoint.pt.1.partial"
+    writing.write_text("half")
+    arguments = {"train": (), "evaluate": ("results",)}[step]
+    with (
+        FileLock(job.folder / ".work.lock"),
+        pytest.raises(StudyError, match="run vnet-1-s0: another process is at it"),
+    ):
+        getattr(steps, f"{step}_study")(study, None, "cpu", "runs", *arguments)
+    assert writing.read_text() == "half"
+
+
+def test_rows_are_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Else two evaluations read the same rows, and the second to write loses what the first has added."""
+    monkeypatch.chdir(tmp_path)
+    study = write(tmp_path)
+    steps.train_study(study, None, "cpu", "runs")
+    monkeypatch.setattr("mlrpl.steps.RESULTS_SECONDS", 0.2)
+    with FileLock(tmp_path / "runs/small/.lock"), pytest.raises(StudyError, match="will write these rows"):
+        steps.evaluate_study(study, None, "cpu", "runs", "results")
+    assert not (tmp_path / "results").exists()
+    steps.evaluate_study(study, None, "cpu", "runs", "results")
+    assert (tmp_path / "results/small/metrics.csv").exists()
 
 
 class Exhausting(SupervisedVNet):

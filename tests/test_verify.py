@@ -101,9 +101,11 @@ def test_verify_finds_what_was_touched(verified):
     table = pd.read_csv(results / "tables/comparison.csv", dtype=str)
     edit(results / "tables/comparison.csv", table["Dice (%)"][0], "99.99")
     edit(results / "tables/optimism.md", "decoder 1", "decoder 7")
+    edit(results / "tables/largest.tex", "MLRPL", "MRLPL")
     assert wrong(verify(verified)) == {
         "tables/comparison": (f"row 1, Dice (%): '99.99' instead of {table['Dice (%)'][0]!r}",),
         "tables/optimism": ("optimism.md differs from what the rows give",),
+        "tables/largest": ("largest.tex differs from what the rows give",),
     }
     edit(results / "runs.csv", run.name[-8:], "00000000")
     assert "mlrpl-1-s0: settings, data or method have changed since" in wrong(verify(verified))["keys of runs"]
