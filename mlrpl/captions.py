@@ -4,6 +4,10 @@ COMPARISON = """*Last*: the weights after the final iteration. *Published*: the 
 among regular checks, as the literature reports it, so it is optimistic. Mean over test cases; of two seeds
 both, of more their mean ± standard deviation. A distance is undefined where a method finds nothing of a class; such a
 case counts as Dice 0 and is left out of the distances (the published code averages zeros there)."""
+FOLDS = """A cross-validation in {} parts: every labelled case is measured by a network that did not learn from it, and
+is a test case here. `mlrpl predict` averages the networks of all parts, which these figures do not measure. """
+BY_CLASS = "Final weights of decoder 1; means over the test cases and the seeds."
+BY_CASE = "{}, final weights of decoder 1; the case with the lowest Dice comes first."
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
 of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from
 beginning to end have no undisturbed step. Only steps of one machine compare, and one name may stand for several: the
@@ -25,6 +29,8 @@ pairs the same cases of a method and of what it is compared with, over the seeds
 over the methods at one number of labelled cases. What names a condition in brackets, such as instance norm, is compared
 under the same. A difference is to the reference's runs with the same seeds; their mean stands beside its name. Final
 weights of decoder 1."""
+SURE_ALONE = """The interval is bootstrapped over the test cases, each averaged over its seeds: other cases of the same
+kind would give a mean in it with 95 % confidence. Final weights of decoder 1."""
 SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
 for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights of decoder 1."

@@ -73,13 +73,14 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
     if not len(found):
         return [Part("Comparison", "No run of the methods is finished yet, only runs of the ablations.")]
     rows, paper = (found.metrics, found.runs), [figure.model_dump() for figure in place.study.paper]
-    unit, reference = place.study.distances, place.study.reference_title
+    unit, reference, folds = place.study.distances, place.study.reference_title, place.study.folds
+    first, several = found.runs["title"].iloc[0], found.runs["title"].nunique() > 1
     sure = statistics.summary(*rows, reference=reference)
     published = statistics.summary(*rows, selection="published", reference=reference)
     return [
         Part(
             "Comparison",
-            captions.COMPARISON,
+            (captions.FOLDS.format(folds) if folds else "") + captions.COMPARISON,
             "comparison",
             tables.formatted(tables.comparison(*rows, paper), unit),
             {
@@ -88,8 +89,20 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
             },
         ),
         Part(
+            "Class by class",
+            captions.BY_CLASS,
+            "classes",
+            tables.by_class(*rows, unit) if found.metrics["class"].nunique() > 1 else pd.DataFrame(),
+        ),
+        Part(
+            "Case by case",
+            captions.BY_CASE.format(first),
+            "cases",
+            tables.worst_first(*rows, first, unit) if folds else pd.DataFrame(),
+        ),
+        Part(
             "How sure is that",
-            f"{captions.SURE} {statistics.limits(sure, reference)}",
+            f"{captions.SURE if several else captions.SURE_ALONE} {statistics.limits(sure, reference)}",
             "statistics",
             statistics.formatted(sure),
             {"differences": partial(figures.differences, sure, reference, found.runs["title"])},
@@ -98,7 +111,7 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
             "The same by the published selection",
             captions.SURE_PUBLISHED,
             "statistics-published",
-            statistics.formatted(published),
+            statistics.formatted(published if several else published.iloc[:0]),
         ),
         Part("What the published selection adds", captions.OPTIMISM, "optimism", tables.formatted_optimism(*rows)),
         Part(

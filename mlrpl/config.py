@@ -419,6 +419,8 @@ def validated(model: type[M], content: Any, where: str) -> M:
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(first["loc"][-1]), _names(model), 1)
             said = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
+            if model is Settings or first["loc"][0] == "runs":
+                said = f"{said.removesuffix('?')}, or is it an option of the method? These stand under options"
         more = f" (and {len(others)} more)" if others else ""
         raise StudyError(f"{where}: {place}: {said}{more}") from None
 

@@ -98,7 +98,12 @@ def window_starts(size: Sequence[int], patch: Sequence[int], stride: Sequence[in
     Raises:
         StudyError: The patch or the stride does not fit.
     """
-    if not len(patch) == len(stride) == len(size) or not all(0 < s <= p for s, p in zip(stride, patch, strict=True)):
+    if not len(patch) == len(stride) == len(size):
+        raise StudyError(
+            f"a volume of {len(size)} axes with a patch of {len(patch)} and a stride of {len(stride)}: "
+            "give an image (channels, x, y, z), and three sides of each"
+        )
+    if not all(0 < s <= p for s, p in zip(stride, patch, strict=True)):
         raise StudyError(f"windows of {tuple(patch)} at a stride of {tuple(stride)} leave gaps: take strides 1 … patch")
     return [_starts(max(n, p), p, s) for n, p, s in zip(size, patch, stride, strict=True)]
 

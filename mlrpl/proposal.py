@@ -175,8 +175,7 @@ def propose(name: str, found: Found, device: str) -> str:
 # Proposed from the images by `mlrpl prepare`. Edit it as you like; `mlrpl prepare {name} --source DIR` follows it then.
 name: {_yaml(name)}
 title: {_yaml(name)}
-about: >
-  {found.images} images, {found.labelled + found.tests} with a label.
+about: Images of your own; the settings were proposed from them. What was done to the images is on the page *Data*.
 dataset:
   name: {_yaml(name)}
   source: decathlon

@@ -7,7 +7,8 @@ which needs one, may be an hour away. What is tried is thrown away; training beg
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,13 +109,29 @@ def rehearse(
     again.load_state_dict(state)
     optimizer = make_optimizer(again)
     restore(optimizer, momenta)
-    do(second, again, optimizer)
+    begun = do(second, again, optimizer)
     if device.type == "cpu" and (other := _different(went_on, again.state_dict())):
         raise StudyError(
             f"{name}: a run that is killed would go on differently: {other[0]!r} is another after a checkpoint "
             f"({len(other)} of {len(state)} are); register as buffers what a step leaves to the next, and draw with "
             "torch, numpy or random alone"
         )
+    if trained := _trained_twice(again, _as_recorded(again, begun, device)):
+        raise StudyError(
+            f"{name}: after_step changes {trained!r}, which the optimizer trains, too: a moving average is frozen, "
+            "requires_grad_(False), or its passes are under torch.no_grad()"
+        )
+
+
+def _trained_twice(method: Method, step: Step) -> str:
+    """Name of a parameter that has a gradient and is changed by `after_step` done once more; empty without any.
+
+    What a projection changes, such as clipping weights, it does not change again.
+    """
+    before = {name: p.detach().clone() for name, p in method.named_parameters() if p.grad is not None}
+    method.after_step(step)
+    now = dict(method.named_parameters())
+    return next((name for name, value in before.items() if not torch.equal(value, now[name])), "")
 
 
 def _as_recorded(method: Method, step: Step, device: torch.device) -> Step:
@@ -138,11 +155,26 @@ def _check_prediction(method: Method, image: Tensor, precision: Precision, devic
     """StudyError unless `predict` gives what its docstring says, of two volumes; as checks ask and as tests do."""
     images = image.expand(2, *image.shape[1:]).contiguous(memory_format=torch.channels_last_3d)
     for outputs in dict.fromkeys([("decoder1",), tuple(method.outputs)]):
-        with evaluating(method), torch.inference_mode(), computing(device, precision):
+        with evaluating(method), torch.inference_mode(), computing(device, precision), _own_predict_asked_for(method):
             predicted = method.predict(images, outputs)
         if found := _wrong(predicted, outputs, (2, method.num_classes, *image.shape[2:])):
             asked = f"predict(image {tuple(images.shape)}, {outputs})"
             raise StudyError(f"{type(method).__name__}.{asked} gives {found}")
+
+
+@contextmanager
+def _own_predict_asked_for(method: Method) -> Iterator[None]:
+    """StudyError where `Method.predict` fails because the network is of another kind than `mlrpl.networks.VNet`."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if type(method).predict is not Method.predict:
+            raise
+        name = type(method).__name__
+        raise StudyError(
+            f"{name}.network gives no two lists, logits and features of each decoder ({str(error).splitlines()[0]}): "
+            f"write {name}.predict; its docstring in mlrpl/methods/base.py says what it gives"
+        ) from None
 
 
 def _wrong(predicted: Any, outputs: tuple[str, ...], shape: tuple[int, ...]) -> str:

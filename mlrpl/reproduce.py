@@ -103,7 +103,9 @@ def _reproduce(
         adopted = dict.fromkeys(results.keys(store.classes), folder) | adopted
     todo = list(pending(place, only, set(adopted)))
     runs = counted(len({job.key for job in place.jobs}), "run")
-    print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do")
+    trained = sum(job.finished("train") for job in todo)
+    done = f", {trained} of them trained already" if trained else ""
+    print(f"  {len(store.index['cases'])} cases; {runs}, {len(todo)} to do{done}")
     tell_split(store)
     if left_out := len(store.index["rejected"]):
         print(f"  {left_out} cases were left out; the data page says which and why")

@@ -144,9 +144,12 @@ def summary(
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """`summary` as text. The reference's mean over the seeds that both have stands beside its name."""
+    """`summary` as text. The reference's mean over the seeds that both have stands beside its name.
+
+    Where nothing is compared, without the columns that would say with what.
+    """
     rows = table.to_dict("records")
-    return pd.DataFrame(
+    text = pd.DataFrame(
         {
             "Labelled": table["labelled"].astype(str),
             "Method": table["title"],
@@ -164,6 +167,8 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
             "Cases": table["cases"].astype(str),
         }
     )
+    compared = ["Difference, seed by seed [95 % over cases]", "Seeds above", "p", "p (Holm)", "Compared with"]
+    return text.drop(columns=compared) if table["reference"].isna().all() else text
 
 
 def each_seed(values: Iterable[float]) -> str:

@@ -33,14 +33,16 @@ def standings(place: Workplace) -> list[Standing]:
         StudyError: where nothing of the study has been run here, or its results are not whole.
     """
     if not place.runs.is_dir():
-        raise StudyError(f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl reproduce {place.given}")
+        raise StudyError(
+            f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl train or mlrpl reproduce {place.given}"
+        )
     jobs = read_json(place.runs / "slurm.json").get("runs", {})
     queued = slurm.queue() if jobs else {}
     submitted = {job.key: jobs[job.run.name] for job in place.jobs if job.run.name in jobs}
     committed = Results.load(place.results).keys(place.store.classes)
-    found = []
+    reproducing, found = holder(place.runs) is not None, []
     for job in one_a_key(place.jobs):
-        standing = _standing(job, queued.get(submitted.get(job.key, "")))
+        standing = _standing(job, queued.get(submitted.get(job.key, "")), reproducing)
         if standing.state == "waiting" and job.key in committed:
             standing = replace(standing, state="committed", detail=f"in {place.results}/; --adopt takes it as finished")
         found.append(standing)
@@ -57,7 +59,7 @@ def described(place: Workplace) -> str:
     return "\n".join([head, *(f"  {s.run:<{width}}  {s.state:<9}  {s.detail}".rstrip() for s in found)])
 
 
-def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
+def _standing(job: Job, slurm_job: tuple[str, str] | None, reproducing: bool) -> Standing:
     name, folder = job.run.name, job.folder
     if not folder.is_dir():
         return Standing(name, "queued", slurm_job[1]) if slurm_job else Standing(name, "waiting")
@@ -72,6 +74,8 @@ def _standing(job: Job, slurm_job: tuple[str, str] | None) -> Standing:
     log = folder / WORKER_LOG
     if not log.exists():
         return _by_hand(job)
+    if reproducing and not log.stat().st_size:  # its process has not come to the run's lock yet
+        return Standing(name, "running", "starting")
     reason = last_line(log)
     state = "stopped" if "the same command goes on" in reason else "failed"
     return Standing(name, state, f"{reason} ({log})")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
-import pandas as pd
 from tqdm import tqdm
 
 from mlrpl import cost, tables
@@ -117,7 +116,10 @@ def cost_study(name: str, data: str | None, only: str | None, device: str | None
     prepare_cases(place)
     if note := not_compiled(find_device(device), (job.run.settings.iterations for job in jobs_named(place, only))):
         print(f"{note}\n")
-    print(cost.HEAD)
+    print(
+        "A few steps and windows of each kind of run: seconds each, on a CPU at the size of `la` minutes.\n", flush=True
+    )
+    print(cost.HEAD, flush=True)
     found = []
     for each in cost.costs(place, only, device):
         print(cost.line(each), flush=True)
@@ -129,12 +131,18 @@ def cost_study(name: str, data: str | None, only: str | None, device: str | None
 def train_study(name: str, only: str | None, device: str | None, runs: str) -> None:
     """Train a study's runs one after the other, each from its checkpoint; finished ones are skipped."""
     place = Workplace(name, runs)
+    todo = []
     for job in jobs_named(place, only):
         if job.finished("train"):
             print(f"{job.run.name}: trained already")
-            continue
+        else:
+            todo.append(job)
+    if len(todo) > 1:
+        print(f"{len(todo)} runs to train, one after the other; mlrpl cost {place.given} tells how long they take")
+    for job in todo:
         with alone(job), progress_bar(job.run) as watch:
             place.train(job.run.name, device, watch)
+    print(f"All are trained: mlrpl evaluate {place.given} measures them")
 
 
 def evaluate_study(name: str, only: str | None, device: str | None, runs: str, results: str) -> Results:
@@ -152,17 +160,12 @@ def evaluate_study(name: str, only: str | None, device: str | None, runs: str, r
         collect(place.jobs, committed, place.study.ablations).save(place.results)  # others keep their rows
     found = collect(jobs, committed)
     print(tables.to_markdown(headline(found, place)))
-    print(tables.to_markdown(_by_class(found, place.study.distances)))
+    if len(place.store.classes) > 2:
+        print(tables.to_markdown(tables.by_class(found.metrics, found.runs, place.study.distances)))
+    if untrained := [job.run.name for job in jobs_named(place, only) if not job.finished("train")]:
+        print(f"Not trained yet, so not in these means: {', '.join(untrained)}")
     print(f"Rows: {place.results / 'metrics.csv'}")
     return found
-
-
-def _by_class(found: Results, unit: str) -> pd.DataFrame:
-    """Means over the test cases of each class, final weights."""
-    rows = found.metrics[found.metrics["selection"] == "last"]
-    groups = rows.groupby(["variant", "labelled", "output", "class"], sort=False)
-    means = groups[["dice", "hd95"]].mean()
-    return pd.DataFrame({**tables.measures(means, unit), "Cases": groups["case"].nunique()}).reset_index()
 
 
 def predict_images(

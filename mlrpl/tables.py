@@ -121,13 +121,25 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
         theirs = f"paper_{measure}"
         if theirs in table and table[theirs].notna().any():
             view[paper[measure]] = table[theirs].map(two_decimals)
-    if table["undefined"].any():
-        view["Undefined distances"] = [
-            f"{count} of {distances}" if count else "0"
-            for count, distances in zip(table["undefined"], table["distances"], strict=True)
-        ]
-    view["Cases"] = table["cases"].astype(str)
-    return view
+    return view.assign(**undefined(table["undefined"], table["distances"]), Cases=table["cases"].astype(str))
+
+
+def by_class(metrics: pd.DataFrame, runs: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
+    """A row a (labelled, title, class) as text: final weights of decoder 1, means over cases and seeds."""
+    rows = titled(metrics, runs, ["decoder1"]).query("selection == 'last'")
+    rows = rows.assign(**{"class": pd.Categorical(rows["class"], rows["class"].unique(), ordered=True)})
+    groups = rows.groupby(["labelled", "title", "class"], observed=True)
+    means = groups[["dice", "hd95"]].mean().reset_index()
+    names = {"Labelled": means["labelled"].astype(str), "Method": means["title"].astype(str), "Class": means["class"]}
+    lacking = groups["hd95"].agg(lambda distances: distances.isna().sum()).reset_index(drop=True)
+    lacking = undefined(lacking, groups.size().reset_index(drop=True))
+    return pd.DataFrame({**names, **measures(means, unit), **lacking}).astype(str)
+
+
+def undefined(count: pd.Series, of: pd.Series) -> dict[str, pd.Series]:
+    """A column that says how many distances are in no mean, by its heading; none where all are."""
+    said = count.astype(str) + " of " + of.astype(str)
+    return {"Undefined distances": said.where(count > 0, "0")} if count.any() else {}
 
 
 def overview(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -440,6 +452,14 @@ def every_case(metrics: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
     """One run's test cases as text: final weights, decoder 1."""
     rows = metrics[(metrics["selection"] == "last") & (metrics["output"] == "decoder1")].reset_index(drop=True)
     return pd.DataFrame({"Case": rows["case"], "Class": rows["class"], **measures(rows, unit)})
+
+
+def worst_first(metrics: pd.DataFrame, runs: pd.DataFrame, title: str, unit: str = "voxels") -> pd.DataFrame:
+    """:func:`every_case` of all runs of a title, the case with the lowest Dice first."""
+    rows = titled(metrics, runs)
+    rows = rows[rows["title"] == title]
+    rank = {case: place for place, case in enumerate(reversed(case_dice(rows).index))}
+    return every_case(rows.sort_values("case", key=lambda cases: cases.map(rank), kind="stable"), unit)
 
 
 def measures(rows: pd.DataFrame, unit: str = "voxels") -> dict[str, pd.Series]:

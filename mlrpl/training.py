@@ -491,6 +491,8 @@ def progress_bar(run: Run) -> Iterator[Callable[[Progress], None]]:
     with tqdm(total=run.settings.iterations, desc=run.name, unit="it") as bar:
 
         def watch(progress: Progress) -> None:
+            if not bar.n:  # of a run that goes on, what was done before is no speed of this sitting's
+                bar.initial = progress.iteration
             bar.n = progress.iteration
             bar.set_postfix(loss=f"{progress.loss:.3f}", dice=f"{progress.dice:.2f}")
 

@@ -99,7 +99,9 @@ def _finish(working: list[_Worker]) -> None:
         worker.process.terminate()
         worker.bar.close()
     if working:
-        print("\n  interrupted: the runs finish their checkpoints (Ctrl-C again: end at once)", flush=True)
+        print(
+            "\n  interrupted: the runs finish their checkpoints or evaluations (Ctrl-C again: end at once)", flush=True
+        )
     deadline = time.monotonic() + FINISHING_SECONDS
     for worker in working:
         with suppress(subprocess.TimeoutExpired):
@@ -157,7 +159,7 @@ def start_run(place: Workplace, job: Job, device: str | None, tensorboard: bool)
 def _start(place: Workplace, job: Job, device: str | None, tensorboard: bool, slot: int) -> _Worker:
     process = start_run(place, job, device, tensorboard)
     if not sys.stderr.isatty():
-        print(f"  {job.run.name}: started", flush=True)
+        print(f"  {job.run.name}: {'evaluation started' if job.finished('train') else 'started'}", flush=True)
     bar = tqdm(
         total=job.run.settings.iterations,
         desc=job.run.name,

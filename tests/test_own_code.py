@@ -187,6 +187,8 @@ def test_what_a_method_says_of_replay_holds_for_no_other():
     (HEAD + "class Mine(MLRPL):\n    def __init__(self, *a):\n        self.absent\n", "mine:Mine: AttributeError: "),
     ("from mlrpl.methods import Method\nclass Mine(Method):\n    pass\n", "mine:Mine sets no self.network"),
     (HEAD + "class Mine(MLRPL):\n    terms = ('masked')\n", "terms of mine:Mine must be a tuple of names, as in"),
+    (HEAD + "class Mine(MLRPL):\n    def __init__(self, *a):\n        super().__init__(*a)\n"
+     "        self.more = [self.make_network(('deconv',))]\n", "self.more holds networks or parameters that nothing"),
     ("class Mine:\n    pass\n", "method 'mine:Mine': Mine is no class that extends mlrpl.methods.Method"),
     (HEAD + "class Mine(MLRPL):\n    def __init__(self, *a):\n        super().__init__(*a)\n        self.beta = 1\n",
      "mine:Mine sets self.beta, which hides Method.beta: give the attribute another name"),

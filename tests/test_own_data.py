@@ -12,7 +12,7 @@ import yaml
 from test_raw import write
 
 from mlrpl import cli, reproduce, verify
-from mlrpl.comparison import case_views
+from mlrpl.comparison import case_views, parts
 from mlrpl.config import Study, load_study, validated
 from mlrpl.data import open_store
 from mlrpl.data.decathlon import Decathlon, DecathlonOptions
@@ -84,14 +84,32 @@ def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
 
     assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 2
     assert "no run is trained" in capsys.readouterr().err
+    assert command(monkeypatch, "train", "scans", "--only", "f1", "--device", "cpu") == 0
+    assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 0
+    assert "Not trained yet, so not in these means: mlrpl-2-s0-f0, mlrpl-2-s0-f2, vnet" in capsys.readouterr().out
     assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
+    assert "4 runs to train, one after the other; mlrpl cost scans" in capsys.readouterr().out
     assert command(monkeypatch, "train", "scans", "--device", "cpu") == 0
     assert capsys.readouterr().out.count("trained already") == 6
     assert command(monkeypatch, "evaluate", "scans", "--device", "cpu") == 0
+    assert "Not trained" not in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "results/scans/metrics.csv")
     last = rows[(rows["selection"] == "last") & (rows["output"] == "mean")]
     assert sorted(last["case"]) == ["scan0", "scan1", "scan2"]  # every labelled case is tested once
     assert sorted(last["fold"]) == [0, 1, 2]
+
+    found = Results.load(tmp_path / "results/scans")
+    shown = {part.name: part for part in parts(Workplace("scans"), found) if part.shown}
+    assert shown["comparison"].text.startswith(
+        "A cross-validation in 3 parts: every labelled case is measured by a net"
+    )
+    assert sorted(shown["cases"].table["Case"]) == ["scan0", "scan1", "scan2"]
+    assert shown["cases"].table["Dice (%)"].astype(float).is_monotonic_increasing
+    assert "classes" not in shown  # there is one
+    assert "statistics-published" in shown and "p" in shown["statistics"].table
+    alone = found.only(found.runs[found.runs["method"] == "vnet"])
+    shown = {part.name: part for part in parts(Workplace("scans"), alone) if part.shown}
+    assert "statistics-published" not in shown and "p" not in shown["statistics"].table  # nothing to compare with
 
     given = [folder / f"imagesTr/scan5_000{channel}.nii.gz" for channel in range(2)]
     words = ["predict", "scans", *given, "--output", "out", "--probabilities", "--disagreement", "--device", "cpu"]

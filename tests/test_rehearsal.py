@@ -1,5 +1,6 @@
 """What a method of one's own may do wrong, and is told before it trains for hours."""
 
+import copy
 import random
 
 import numpy as np
@@ -178,6 +179,44 @@ class ReadsTheIteration(Good):
         return {"total": super().loss(batch, step)["total"] * step.iteration}
 
 
+class TrainedTeacher(Good):
+    """Its moving average is not frozen, and its pass has gradients: the optimizer trains it, too."""
+
+    frozen = False
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.network).requires_grad_(not self.frozen)
+
+    def remembered(self, logits):
+        return (self.teacher(torch.ones(1, 1, *PATCH))[0][0].float() - logits).square().mean()
+
+    @torch.no_grad()
+    def after_step(self, step):
+        for mine, theirs in zip(self.teacher.parameters(), self.network.parameters(), strict=True):
+            mine.lerp_(theirs, 0.1)
+
+
+class FrozenTeacher(TrainedTeacher):
+    frozen = True
+
+
+class Clipping(Good):
+    @torch.no_grad()
+    def after_step(self, step):
+        for parameter in self.parameters():
+            parameter.clamp_(-0.01, 0.01)
+
+
+class OneTensor(Good):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Conv3d(1, 2, 3, padding=1)
+
+    def loss(self, batch, step):
+        return {"total": self.network(batch.image).square().mean()}
+
+
 class Predicting(Good):
     def __init__(self, change):
         super().__init__()
@@ -187,7 +226,7 @@ class Predicting(Good):
         return self.change(super().predict(image, outputs))
 
 
-@pytest.mark.parametrize("make", [Good, WithMoreState])
+@pytest.mark.parametrize("make", [Good, WithMoreState, FrozenTeacher, Clipping])
 def test_what_is_as_it_should_be_passes(make):
     rehearsed(make)
 
@@ -212,6 +251,8 @@ def test_the_packages_own_methods_pass(name):
     (NotFinite, "NotFinite: the loss is nan in its first steps; look at the method's loss"),
     (Lazy, "Lazy: 'head.weight' has no size yet: no lazy modules"),
     (ReadsTheIteration, "a replayable method reads step.iteration, which a recording would freeze"),
+    (TrainedTeacher, "TrainedTeacher: after_step changes 'teacher.*', which the optimizer trains, too: "),
+    (OneTensor, "OneTensor.network gives no two lists, .*: write OneTensor.predict; its docstring in "),
     (lambda: Predicting(lambda p: p[0]), r"Predicting.predict\(image .*\) gives a Tensor, not a list of tensors"),
     (lambda: Predicting(lambda p: [0.5]), "gives a list of float, not of tensors"),
     (lambda: Predicting(lambda p: p * 2), r"predict\(image \(2, 1, 32, 16, 16\), \('decoder1',\)\) gives 2 tensors"),

@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch) -> Workplace:
 
 
 def test_nothing_run_yet_is_said(place):
-    with pytest.raises(StudyError, match="study stands: nothing in runs/ yet; type mlrpl reproduce stands"):
+    with pytest.raises(StudyError, match="nothing in runs/ yet; type mlrpl train or"):
         standings(place)
 
 
@@ -103,6 +103,15 @@ def test_every_state_is_told_with_its_detail(place):
     head, *lines = text.splitlines()
     assert head == "Study stands: 5 runs: 1 finished, 1 running, 1 failed, 1 stopped, 1 waiting"
     assert len(lines) == 5
+
+
+def test_a_run_whose_process_is_still_importing_is_starting_not_failed(place):
+    folder = place.jobs[0].folder
+    folder.mkdir(parents=True)
+    (folder / "worker.log").touch()
+    with locked(place.runs, "busy"):
+        assert (standings(place)[0].state, standings(place)[0].detail) == ("running", "starting")
+    assert standings(place)[0].state == "failed"  # nobody is at it any more
 
 
 def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place, monkeypatch, capfd):

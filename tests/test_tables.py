@@ -14,6 +14,7 @@ from mlrpl.files import read_rows
 from mlrpl.results import step_seconds
 from mlrpl.rows import LARGEST, OWN
 from mlrpl.tables import (
+    by_class,
     comparison,
     cost,
     difference,
@@ -34,6 +35,7 @@ from mlrpl.tables import (
     to_markdown,
     two_decimals,
     with_interval,
+    worst_first,
 )
 
 CASES = ["a", "b", "c"]
@@ -317,6 +319,25 @@ def test_a_step_is_timed_where_nothing_disturbed_it():
     assert step_seconds(pd.Series(steps.cumsum())) == pytest.approx(2)
     assert step_seconds(pd.Series([0.5])) == 0.5
     assert step_seconds(pd.Series([1.0, 2.0, 3.0])) == 1
+
+
+def test_class_by_class_in_the_order_of_the_rows(metrics, runs):
+    vein = metrics.assign(**{"class": "vein"}, dice=metrics["dice"] - 0.2, hd95=np.nan)
+    table = by_class(pd.concat([metrics, vein]), runs)
+    assert list(table[["Labelled", "Method", "Class"]].iloc[:3].itertuples(index=False, name=None)) == [
+        ("8", "V-Net", "atrium"), ("8", "V-Net", "vein"), ("8", "Control (β = 0)", "atrium"),
+    ]  # fmt: skip
+    mine = (metrics["labelled"] == 8) & (metrics["selection"] == "last") & (metrics["output"] == "decoder1")
+    expected = 100 * metrics.loc[mine & (metrics["method"] == "vnet"), "dice"].mean()
+    assert float(table["Dice (%)"][0]) == pytest.approx(expected, abs=0.006)
+    assert float(table["Dice (%)"][1]) == pytest.approx(expected - 20, abs=0.006)
+    assert table["95HD (voxels)"][1] == "—"
+    assert table["Undefined distances"].tolist()[:2] == ["0", "9 of 9"]
+
+
+def test_the_worst_case_comes_first(metrics, runs):
+    table = worst_first(metrics.sample(frac=1, random_state=0), runs, "V-Net")
+    assert list(dict.fromkeys(table["Case"])) == CASES  # their Dice rises in this order
 
 
 def test_latex_is_escaped_and_set_with_rules():

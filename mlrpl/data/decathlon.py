@@ -75,7 +75,10 @@ class Decathlon:
         if not training:
             deeper = next((path for path in sorted(root.rglob("*")) if ending(path.name) in NIFTI), None)
             where = f" (there is {deeper.relative_to(root)})" if deeper else ""
-            raise StudyError(f"{root}: no NIfTI image in imagesTr{where}; give the folder that holds imagesTr")
+            advice = "put images into imagesTr and their labels, under the same names, into labelsTr"
+            if deeper and deeper.parent != root:
+                advice = "give the folder that holds imagesTr"
+            raise StudyError(f"{root}: no NIfTI image in imagesTr{where}; {advice}")
         for folder in sorted(path for path in (root / "imagesTr").iterdir() if path.is_dir()):
             if nifti_files(folder):
                 self._reject(folder.name, f"imagesTr/{folder.name}: a folder; put its images into imagesTr itself")
@@ -125,7 +128,8 @@ class Decathlon:
         image, geometry = read_channels(self.root, names)
         if len(image) != self.channels:
             raise StudyError(
-                f"{names[0]}: the image has shape {image.shape}, not ({self.channels}, x, y, z); replace the file"
+                f"{names[0]}: the image has {len(image)} channels or time points instead of {self.channels}; "
+                "take the right ones out of it, or replace the file"
             )
         label = read_label(self.root, entry.files[-1], names[0], (image, geometry)) if labelled else None
         return image, geometry, label

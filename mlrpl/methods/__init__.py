@@ -126,6 +126,11 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
             f"run {run.name}: {run.method} sets self.{hidden[0]}, which hides Method.{hidden[0]}: "
             "give the attribute another name"
         )
+    if loose := _unregistered(built):
+        raise StudyError(
+            f"run {run.name}: {run.method}: self.{loose} holds networks or parameters that nothing trains, saves or "
+            "moves to a GPU: make it an nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+        )
     if method.loss is Method.loss:
         raise StudyError(f"run {run.name}: {run.method} has no loss(self, batch, step)")
     if run.settings.normalisation == "instance":
@@ -133,6 +138,18 @@ def build(run: Run, in_channels: int, num_classes: int) -> Method:
     if not run.settings.head_dropout:
         keep_all_channels(built)
     return built
+
+
+def _unregistered(method: nn.Module) -> str:
+    """Name of a list, tuple or dict with modules or parameters that PyTorch does not know of; empty without any."""
+    known = {id(part) for part in (*method.modules(), *method.parameters())}
+    for module in method.modules():
+        for name in vars(module).keys() - vars(nn.Module()).keys():
+            held = vars(module)[name]
+            parts = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else ()
+            if any(isinstance(part, nn.Module | nn.Parameter) and id(part) not in known for part in parts):
+                return name
+    return ""
 
 
 def volumes_a_step(run: Run, in_channels: int, num_classes: int) -> tuple[int, int]:
