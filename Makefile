@@ -117,6 +117,6 @@ lock:  ## write requirements.lock and environment.yml anew
 	@rm -rf .venv-lock build *.egg-info
 
 clean:  ## remove .venv and caches; runs/ and results/ stay
-	rm -rf $(VENV) .venv-lock .venv-audit build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lock .venv-audit build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "runs/ and results/ are as they were; delete them by hand if you mean to"

@@ -36,6 +36,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
 from mlrpl.data import Ahead, Batches
+from mlrpl.devices import synchronise
 from mlrpl.errors import StudyError
 from mlrpl.losses import hard_labels
 from mlrpl.reliability import WEIGHTINGS, select, weigh
@@ -115,8 +116,7 @@ class Audit:
                 "self.network(batch.image), or leave this method out of `audit`"
             )
         logits, features = seen[0]
-        if logits[0].is_cuda:
-            torch.cuda.synchronize(logits[0].device)  # the step's own time is not the audit's
+        synchronise(logits[0].device)  # the step's own time is not the audit's
         started = time.perf_counter()
         for row in self.measure(iteration, logits, features):
             self.add(iteration=iteration, **row)

@@ -12,9 +12,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from mlrpl.bench.timing import seconds, synchronise
 from mlrpl.data import Case, Store
-from mlrpl.devices import device_name, find_device
+from mlrpl.devices import device_name, find_device, seconds, synchronise
 from mlrpl.evaluation import has_own_statistics, predict_case
 from mlrpl.inference import count_windows
 from mlrpl.memory import exhaustion_explained

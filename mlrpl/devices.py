@@ -1,6 +1,8 @@
-"""Devices: found by name, shared among the runs that go on at a time, and told of in results."""
+"""Devices: found by name, shared among the runs that go on at a time, waited for, and told of in results."""
 
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,6 +73,21 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU: {processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, the device's work included."""
+    synchronise(device)
+    started = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - started
 
 
 def peak_memory_mb(device: torch.device) -> int:

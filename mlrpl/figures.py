@@ -199,7 +199,7 @@ def label_efficiency(metrics: pd.DataFrame, runs: pd.DataFrame) -> Figure | None
     table = table.set_index(["title", "labelled"])
     figure = NotebookFigure(figsize=(0.75 * WIDTH, 2.8), layout="constrained")
     ax = figure.subplots()
-    dodge = np.linspace(-0.2, 0.2, len(solid)) if len(solid) > 1 else [0.0]
+    dodge = np.linspace(-0.2, 0.2, len(solid))
     for one, shift in zip(solid, dodge, strict=True):
         mine = table.loc[one.title].reindex(levels).dropna(subset="dice")
         places = [levels.index(labelled) + shift for labelled in mine.index]

@@ -188,8 +188,7 @@ def _targets(
     entropies = [entropy(p) for p in probabilities] if selection == "wr" else [None] * len(probabilities)
     targets = [torch.zeros_like(p) for p in probabilities]
     for i, j in permutations(range(len(probabilities)), 2):
-        known = (entropies[i], entropies[j]) if selection == "wr" else None
-        mask = select(selection, probabilities[i], probabilities[j], threshold, known)
+        mask = select(selection, probabilities[i], probabilities[j], threshold, (entropies[i], entropies[j]))
         scale = mask * weights[j] / (mask.sum() + EPSILON)
         targets[i].scatter_add_(1, pseudo_labels[j].unsqueeze(1), scale.unsqueeze(1))
     return targets

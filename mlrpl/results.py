@@ -35,10 +35,10 @@ OPTIONAL = ("audit", "ablations")  # files that not every study has
 class Results:
     """One study's rows; see the module's docstring."""
 
-    metrics: pd.DataFrame
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    checks: pd.DataFrame
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    checks: pd.DataFrame = field(default_factory=pd.DataFrame)
     audit: pd.DataFrame = field(default_factory=pd.DataFrame)
     ablations: pd.DataFrame = field(default_factory=pd.DataFrame)
 
@@ -64,7 +64,7 @@ class Results:
                 which git marks a conflict.
         """
         if not (folder / "runs.csv").exists():
-            return cls(*(pd.DataFrame() for _ in range(4)))
+            return cls()
         paths = {name: folder / f"{name}.csv" for name in cls.__annotations__}
         there = [name for name, path in paths.items() if name not in OPTIONAL or path.exists()]
         return cls(**{name: _rows(paths[name], FOUND_BY.get(name, ["run"])) for name in there})
@@ -140,7 +140,7 @@ def collect(
             continue
         names.setdefault(job.key, job.run.name)
     if not parts:
-        return Results(*(pd.DataFrame() for _ in range(4)))
+        return Results()
     frames = (
         pd.concat([frame for part in parts if len(frame := vars(part)[name])] or [pd.DataFrame()])
         for name in Results.__annotations__

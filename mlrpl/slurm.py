@@ -14,7 +14,7 @@ from typing import Any
 
 from mlrpl.errors import StudyError
 from mlrpl.files import read_json, write_json
-from mlrpl.slurm_job import FINISHING_SECONDS, Command
+from mlrpl.slurm_job import ANNOUNCED_SECONDS, Command
 from mlrpl.study import Job, Workplace
 from mlrpl.words import counted
 from mlrpl.workers import WORKER_LOG, command_line, run_command, run_environment
@@ -111,7 +111,7 @@ def submit(
         made = submitit.SlurmExecutor(folder, max_num_timeout=RESTARTS)
         made.update_parameters(
             job_name=f"mlrpl-{place.study.name}-{task}",
-            signal_delay_s=FINISHING_SECONDS + 20,
+            signal_delay_s=ANNOUNCED_SECONDS + 20,
             stderr_to_stdout=True,
             additional_parameters={"requeue": True},
             **parameters,

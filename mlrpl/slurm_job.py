@@ -9,7 +9,7 @@ from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-FINISHING_SECONDS = 100  # for a checkpoint, once Slurm has announced the end; within its --signal
+ANNOUNCED_SECONDS = 100  # for a checkpoint, once Slurm has announced the end; within its --signal
 
 
 class Command:
@@ -49,7 +49,7 @@ class Command:
         """Called by submitit before a preemption or the time limit: save, and be queued again."""
         if self.process:  # None: told before it was started
             self.process.terminate()
-            deadline = time.monotonic() + FINISHING_SECONDS
+            deadline = time.monotonic() + ANNOUNCED_SECONDS
             while not _ended(self.process.pid):
                 if time.monotonic() > deadline:
                     self.process.kill()  # the last checkpoint by the clock is at most a minute old

@@ -12,7 +12,6 @@ import copy
 import csv
 import io
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -480,7 +479,7 @@ class Trainer:
         left = elapsed / (self.iteration - first) * (self.run.settings.iterations - self.iteration)
         dice = terms["dice"].item() if "dice" in terms else math.nan
         progress = Progress(self.iteration, self.run.settings.iterations, loss, dice, left)
-        write_json(self.folder / "progress.json", {**progress.__dict__, "pid": os.getpid()})
+        write_json(self.folder / "progress.json", progress.__dict__)
         if watch:
             watch(progress)
 

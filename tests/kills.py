@@ -180,7 +180,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def timeless(path: Path) -> bytes:
     """A file's bytes without what measures time, memory or a process, and without the commit that it was made at."""
-    measured = {"seconds", "seconds_evaluate", "peak_memory_mb", "seconds_left", "pid", "commit", "continued_with"}
+    measured = {"seconds", "seconds_evaluate", "peak_memory_mb", "seconds_left", "commit", "continued_with"}
     if path.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
         return json.dumps([{k: v for k, v in row.items() if k not in measured} for row in rows]).encode()

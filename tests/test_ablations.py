@@ -116,7 +116,7 @@ def found(study, tmp_path) -> Results:
             ("precision", "device", "threads", "parameters", "seconds", "peak_memory_mb", "commit"), 1
         )
         jobs[-1].provenance = {"train": facts, "evaluate": {"seconds": 1}}
-    return collect(jobs, Results(*[pd.DataFrame()] * 4), study.ablations)
+    return collect(jobs, Results(), study.ablations)
 
 
 def test_each_coinciding_run_has_one_row_and_every_variant_finds_it(found):

@@ -357,7 +357,7 @@ def test_a_run_without_foreground_among_its_pseudo_labels_can_be_shown(audited):
 
 def test_without_an_audit_there_is_nothing_to_tell():
     with pytest.raises(StudyError, match="no run of this study was audited"):
-        audit_report.subjects(Results(*[pd.DataFrame()] * 4))
+        audit_report.subjects(Results())
 
 
 # What it says when it is asked for the impossible

@@ -341,11 +341,6 @@ def test_one_decoder_offers_neither_a_mean_nor_a_disagreement():
     assert (one.outputs, two.outputs) == (("decoder1",), ("decoder1", "mean"))
 
 
-def test_every_method_says_its_name_in_the_table_of_methods():
-    assert {"vnet", "mlrpl"} <= set(METHODS)
-    assert all(issubclass(method, Method) for method in METHODS.values())
-
-
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "s.yaml").write_text("name: s\ntitle: S\nsettings: {filters: 2, filters: 4}\n")
     with pytest.raises(StudyError, match="not valid YAML: filters stands twice"):

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlrpl.bench.timing import seconds
-from mlrpl.devices import device_name
+from mlrpl.devices import device_name, seconds, synchronise
 from mlrpl.files import atomic
 from mlrpl.precision import fastest
 from mlrpl.provenance import instructions
@@ -96,8 +95,7 @@ def timeline(step: Callable[[], object], device: torch.device, path: Path) -> li
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with profile(activities=activities) as profiler:
         step()
-        if gpu:
-            torch.cuda.synchronize(device)
+        synchronise(device)
     with atomic(path) as partial:
         raw = partial.with_suffix(".json")
         try:

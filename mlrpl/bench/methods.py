@@ -18,9 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from mlrpl.bench.timing import seconds
 from mlrpl.bench.works import FLOAT32, Size, make_batch, make_method, yardstick
-from mlrpl.devices import find_device, peak_memory_mb
+from mlrpl.devices import find_device, peak_memory_mb, seconds
 from mlrpl.errors import StudyError
 from mlrpl.methods import METHODS, Step
 from mlrpl.networks import Encoder, count_parameters, counted_volumes

@@ -1,12 +1,12 @@
 """Timing two ways of doing the same work, alternately, in one process."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from mlrpl.devices import seconds
 from mlrpl.precision import as_it_comes
 from mlrpl.process import tune
 
@@ -39,21 +39,6 @@ class Work:
     needs_bf16: bool = False
     tolerance: float = TOLERANCE
     warm_up: int = 1
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, the device's work included."""
-    synchronise(device)
-    started = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def compare(work: Work, repeats: int, device: torch.device, precision: str) -> dict[str, object]:
