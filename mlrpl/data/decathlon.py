@@ -68,8 +68,8 @@ class Decathlon:
         if "all" in self.classes:
             raise StudyError('a class is called "all", as tables call all classes together; give it another name')
         self.channels = _channels(root, description)
-        self.licence = str(description.get("licence") or description.get("license") or "licence not stated")
-        self.citation = str(description.get("reference") or description.get("name") or "reference not stated")
+        self.licence = str(description.get("licence") or description.get("license") or "not stated")
+        self.citation = str(description.get("reference") or description.get("name") or "not stated")
         self._check_list(description)
         training, testing = (self._cases(part) for part in ("Tr", "Ts"))
         if not training:
