@@ -29,8 +29,8 @@ pairs the same cases of a method and of what it is compared with, over the seeds
 over the methods at one number of labelled cases. What names a condition in brackets, such as instance norm, is compared
 under the same. A difference is to the reference's runs with the same seeds; their mean stands beside its name. Final
 weights of decoder 1."""
-SURE_ALONE = """The interval is bootstrapped over the test cases, each averaged over its seeds: other cases of the same
-kind would give a mean in it with 95 % confidence. Final weights of decoder 1."""
+SURE_ALONE = """The interval is bootstrapped over the test cases, each averaged over its seeds: where the mean over many
+more cases like these would lie, with 95 % confidence. Final weights of decoder 1."""
 SURE_PUBLISHED = """As above, but of the weights of the best check, as published figures compare. Each run was chosen
 for doing well on these very cases: its mean is optimistic, and intervals and p know nothing of that."""
 ABLATIONS = "Variants that differ from MLRPL in one thing; the tables are in the notebook. Final weights of decoder 1."

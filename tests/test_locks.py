@@ -152,7 +152,7 @@ def test_runs_that_go_on_at_a_time_never_share_a_device(tmp_path, monkeypatch):
     lengths = ["0.3", "0.05", "0.2", "0.05", "0.1", "0.02", "0.1"]
     settings = SimpleNamespace(iterations=1)
     runs = [SimpleNamespace(name=length, settings=settings) for length in lengths]
-    jobs = [SimpleNamespace(run=run, folder=tmp_path, executed=True) for run in runs]
+    jobs = [SimpleNamespace(run=r, folder=tmp_path, executed=True, finished=lambda _: False) for r in runs]
     assert run_all(SimpleNamespace(), jobs, 3, None) == {}
     assert len(used) == 7
     assert {name for name, _ in used} == {"cuda:0", "cuda:1", "cuda:2"}

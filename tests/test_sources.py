@@ -433,7 +433,7 @@ def test_a_label_that_lies_elsewhere(decathlon, tmp_path, key, value):
         ({"labels": {"0": "background"}}, "[0]"),
         ({"labels": None}, "no labels"),
         ({"modality": None}, "channel_names or modality"),
-        ({"modality": {"0": "T1", "1": "T2"}}, "(1, 9, 8, 7)"),
+        ({"modality": {"0": "T1", "1": "T2"}}, "the image has 1 channels or time points instead of 2; take"),
     ],
 )
 def test_wrong_description(decathlon, tmp_path, changes, named):
