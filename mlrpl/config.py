@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mlrpl import own_code
 from mlrpl.errors import StudyError
 from mlrpl.networks import STRIDE
+from mlrpl.rows import run_name
 
 STUDIES = Path(__file__).parent / "studies"  # that come with the package
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 100_000, 50  # of a study file
@@ -262,8 +263,8 @@ class Run(Model):
 
     @property
     def name(self) -> str:
-        """For people: variant, number of labelled cases, seed, fold."""
-        return f"{self.variant}-{self.labelled}-s{self.seed}" + (f"-f{self.fold}" if self.fold is not None else "")
+        """See `mlrpl.rows.run_name`."""
+        return run_name(self.variant, self.labelled, self.seed, self.fold)
 
     def key(
         self,

@@ -4,3 +4,8 @@ IDENTITY = ["study", "method", "variant", "labelled", "seed"]  # columns that sa
 SELECTIONS = ["last", "published"]
 LARGEST = "decoder1-largest"  # outputs beside a method's own, see `mlrpl.evaluation`
 OWN = "decoder1-own"
+
+
+def run_name(variant: str, labelled: int, seed: int, fold: int | None = None) -> str:
+    """What people call a run: variant, number of labelled cases, seed, and of a cross-validation the fold."""
+    return f"{variant}-{labelled}-s{seed}" + (f"-f{fold}" if fold is not None else "")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from mlrpl.config import REFERENCE
 from mlrpl.tables import per_seed, two_decimals, with_interval
@@ -33,6 +32,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         return float("nan"), float("nan")
     if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all alike but for rounding: nothing to resample
         return float(values.mean()), float(values.mean())
+    from scipy import stats  # here, since it takes long to import and most notebooks test nothing
+
     found = stats.bootstrap(
         (values,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
     )
@@ -47,6 +48,8 @@ def wilcoxon(differences: np.ndarray) -> float:
         return float("nan")
     if not differences.any():
         return 1.0
+    from scipy import stats
+
     return float(stats.wilcoxon(differences).pvalue)
 
 

@@ -25,13 +25,14 @@ from mlrpl.methods import METHODS
 from mlrpl.metrics import case_metrics
 from mlrpl.provenance import CHANGED, environment
 from mlrpl.results import Results
-from mlrpl.rows import IDENTITY, SELECTIONS
+from mlrpl.rows import IDENTITY, SELECTIONS, run_name
 from mlrpl.study import Job, Workplace
 from mlrpl.training import load
 from mlrpl.words import counted
 
 NONE_AT_HAND = "no run that is finished here"
 ROW_TOLERANCE = 1e-5  # rows are written with six significant digits
+CHECK_TOLERANCE = 5e-4  # of Dice: weights may be evaluated on another device than the one that checked them
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
     found = Results.load(place.results)
     if not len(found):
         raise StudyError(f"{place.results}: no rows here; type mlrpl reproduce {place.given}")
-    findings = [*_tables(place, found), _commits(place, found)]
+    findings = [*_tables(place, found), _checks(found), _commits(place, found)]
     if place.at_hand:
         jobs = [job for job in place.jobs if job.finished("evaluate")]
         findings += [_keys(place, found), _rows(jobs, found), _predictions(place, jobs)]
@@ -115,6 +116,21 @@ def _different_cells(shown: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
         for row in range(len(expected))
         if shown[column][row] != expected[column][row]
     ]
+
+
+def _checks(found: Results) -> Finding:
+    """The best of each run's checks, made while it trained, against the rows that its weights of then were given."""
+    best = found.checks.groupby("run")["dice"].max()
+    rows = found.metrics.query("selection == 'published' and output == 'decoder1'")
+    parts = [rows[name] for name in ("variant", "labelled", "seed", "fold") if name in rows]
+    measured = rows.groupby([run_name(*run) for run in zip(*parts, strict=True)])["dice"].mean()
+    measured = measured.reindex(found.runs["run"])
+    apart = (measured - best.reindex(measured.index)).abs()
+    wrong = [
+        f"{run}: the best check's Dice is not that of its rows"
+        for run in apart.index[~(apart <= CHECK_TOLERANCE)]  # a missing one, too
+    ]
+    return Finding("best checks against rows", len(measured), tuple(wrong))
 
 
 def _commits(place: Workplace, found: Results) -> Finding:

@@ -31,7 +31,8 @@ from mlrpl import training
 from mlrpl.files import atomic
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["mlrpl.reproduce", "mlrpl.training", "matplotlib.pyplot", "IPython.display", "nbformat"])
+PRELOADED = ["mlrpl.reproduce", "mlrpl.training", "matplotlib.pyplot", "scipy.stats", "IPython.display", "nbformat"]
+SERVER.set_forkserver_preload(PRELOADED)
 STUDY = {
     "name": "killed", "title": "Killed",
     "dataset": {"name": "drawn", "source": "phantom", "options": {"train": 4, "test": 2, "size": [24, 24, 16]}},

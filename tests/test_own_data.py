@@ -98,6 +98,7 @@ def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
     assert sorted(last["case"]) == ["scan0", "scan1", "scan2"]  # every labelled case is tested once
     assert sorted(last["fold"]) == [0, 1, 2]
 
+    assert "best checks against rows: 6 compared, all agree" in map(str, verify.verify(Workplace("scans")))
     found = Results.load(tmp_path / "results/scans")
     shown = {part.name: part for part in parts(Workplace("scans"), found) if part.shown}
     assert shown["comparison"].text.startswith(

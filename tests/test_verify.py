@@ -67,6 +67,7 @@ def test_verify_agrees_with_an_unharmed_study_trained_anew_too(verified):
     assert wrong(list(findings.values())) == {}
     assert findings["tables/comparison"].compared == 6 * 11
     assert all(findings[f"tables/{name}"].compared for name in ("statistics", "optimism", "cost"))
+    assert findings["best checks against rows"].compared == 2
     assert findings["rows against runs/"].compared == 10
     assert findings["rows against predicted label maps"].compared == findings["keys of runs"].compared == 2
     assert findings["weights of mlrpl-1-s0, trained anew"].compared > 100
@@ -124,6 +125,18 @@ def test_verify_finds_rows_and_weights_that_are_not_the_runs(verified):
     next(iter(state["method"].values())).view(-1)[0] += 1e-6
     torch.save(state, run / "last.pt")
     assert len(wrong(verify(verified, "vnet-1-s0"))["weights of vnet-1-s0, trained anew"]) == 1
+
+
+def test_verify_finds_a_best_check_that_is_not_that_of_the_rows(verified):
+    checks = pd.read_csv("results/small/checks.csv")
+    of_vnet = checks["run"] == "vnet-1-s0"
+    checks.assign(dice=checks["dice"] + 0.001 * of_vnet).to_csv("results/small/checks.csv", index=False)
+    found = wrong(verify(verified))
+    assert found["best checks against rows"] == ("vnet-1-s0: the best check's Dice is not that of its rows",)
+    checks[of_vnet].to_csv("results/small/checks.csv", index=False)
+    assert wrong(verify(verified))["best checks against rows"] == (
+        "mlrpl-1-s0: the best check's Dice is not that of its rows",
+    )
 
 
 def test_rows_of_a_run_that_the_study_no_longer_has_are_named(verified):

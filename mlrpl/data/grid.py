@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from mlrpl.errors import StudyError
 
@@ -66,6 +65,8 @@ def from_patient_axes(array: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 def _axes(geometry: Mapping[str, list[float]]) -> tuple[list[int], list[int]]:
     """For each of the patient's axes the array's axis that is nearest to it, and whether it points the same way."""
+    from scipy.optimize import linear_sum_assignment  # here, since training alone does not need it
+
     direction = np.reshape(geometry["direction"], (3, 3))
     axes = linear_sum_assignment(-np.abs(direction))[1].tolist()
     return axes, [1 if direction[i, axis] > 0 else -1 for i, axis in enumerate(axes)]
