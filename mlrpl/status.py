@@ -33,9 +33,10 @@ def standings(place: Workplace) -> list[Standing]:
         StudyError: where nothing of the study has been run here, or its results are not whole.
     """
     if not place.runs.is_dir():
-        raise StudyError(
-            f"study {place.study.name}: nothing in {place.root}/ yet; type mlrpl train or mlrpl reproduce {place.given}"
-        )
+        said = f"study {place.study.name}: nothing in {place.root}/ yet"
+        if committed := len(Results.load(place.results)):
+            said += f"; {place.results}/ holds rows of {counted(committed, 'run')}, which --adopt takes as finished"
+        raise StudyError(f"{said}; type mlrpl train or mlrpl reproduce {place.given}")
     jobs = read_json(place.runs / "slurm.json").get("runs", {})
     queued = slurm.queue() if jobs else {}
     submitted = {job.key: jobs[job.run.name] for job in place.jobs if job.run.name in jobs}

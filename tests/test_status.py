@@ -140,6 +140,10 @@ def test_runs_that_coincide_are_told_once_and_committed_rows_are_named(place, mo
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert "committed  in elsewhere/stands/; --adopt takes it" in capfd.readouterr().out
+    shutil.rmtree(place.runs)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "nothing in runs/ yet; elsewhere/stands/ holds rows of 1 run, which --adopt" in capfd.readouterr().err
 
 
 def test_cancel_asks_the_process_that_reproduces_the_study(place, monkeypatch, capfd):
