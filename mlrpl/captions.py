@@ -1,9 +1,11 @@
 """What stands beside tables and figures, in Markdown: the same on a study's page and in its notebooks."""
 
-COMPARISON = """*Last*: the weights after the final iteration. *Published*: the weights that did best on the test cases
-among regular checks, as the literature reports it, so it is optimistic. Mean over test cases; of two seeds
+COMPARISON = """Decoder 1, by the weights after the final iteration. *Published*: by the weights that did best on the
+test cases among regular checks, as the literature reports it, so it is optimistic. Mean over test cases; of two seeds
 both, of more their mean ± standard deviation. A distance is undefined where a method finds nothing of a class; such a
 case counts as Dice 0 and is left out of the distances (the published code averages zeros there)."""
+EVERY = """Decoder 1, and the mean of the decoders' probabilities; by the *last* weights, those after the final
+iteration, and by the *published* selection."""
 FOLDS = """A cross-validation in {} parts: every labelled case is measured by a network that did not learn from it, and
 is a test case here. `mlrpl predict` averages the networks of all parts, which these figures do not measure. """
 BY_CLASS = "Final weights of decoder 1; means over the test cases and the seeds."

@@ -75,19 +75,21 @@ def outcomes(place: Workplace, found: Results) -> list[Part]:
     rows, paper = (found.metrics, found.runs), [figure.model_dump() for figure in place.study.paper]
     unit, reference, folds = place.study.distances, place.study.reference_title, place.study.folds
     first, several = found.runs["title"].iloc[0], found.runs["title"].nunique() > 1
+    compared = tables.comparison(*rows, paper)
     sure = statistics.summary(*rows, reference=reference)
     published = statistics.summary(*rows, selection="published", reference=reference)
     return [
         Part(
             "Comparison",
             (captions.FOLDS.format(folds) if folds else "") + captions.COMPARISON,
-            "comparison",
-            tables.formatted(tables.comparison(*rows, paper), unit),
+            "glance",
+            tables.glance(compared, unit),
             {
                 "distributions": partial(figures.distributions, *rows, unit),
                 "label-efficiency": partial(figures.label_efficiency, *rows),
             },
         ),
+        Part("Every selection and output", captions.EVERY, "comparison", tables.formatted(compared, unit)),
         Part(
             "Class by class",
             captions.BY_CLASS,

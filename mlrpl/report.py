@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 URI_SAFE = " !$()*+,-./:;=?@_~'"  # as they are inside a quoted attribute's URI
 PICTURE_TYPES = (".svg", ".png")
+LONG_TABLE = 40  # rows; a longer one is folded, so that the page stays a page
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MARKDOWN = "text/markdown"
 
@@ -172,6 +173,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         "script": Markup((TEMPLATES / "script.js").read_text(encoding="utf-8")),
+        "long_table": LONG_TABLE,
         "code_style": Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight")),
     }
     return environment

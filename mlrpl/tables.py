@@ -22,6 +22,7 @@ from mlrpl.words import counted
 
 ROW = [*IDENTITY, "selection", "output", "case", "class"]
 MEASURES = ["dice", "jaccard", "hd95", "asd"]
+PAPER = {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}  # headings of its figures
 OUTPUTS = {"decoder1": "decoder 1", "mean": "mean of decoders"}
 
 
@@ -115,13 +116,36 @@ def formatted(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
             "Output": table["output"].map(OUTPUTS),
         }
     )
-    paper = {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}
     for measure, heading in headings(unit).items():
         view[heading] = table[f"{measure}_seeds"].map(over_seeds)
         theirs = f"paper_{measure}"
         if theirs in table and table[theirs].notna().any():
-            view[paper[measure]] = table[theirs].map(two_decimals)
+            view[PAPER[measure]] = table[theirs].map(two_decimals)
     return view.assign(**undefined(table["undefined"], table["distances"]), Cases=table["cases"].astype(str))
+
+
+def glance(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
+    """The comparison at a glance, in text: decoder 1 alone, a row a (labelled, title).
+
+    Final weights; of the published selection Dice, and what the paper's figures stand beside.
+
+    Args:
+        table: What :func:`comparison` returns.
+        unit: Of the distances, ``"voxels"`` or ``"mm"``.
+    """
+    rows = table[table["output"] == "decoder1"]
+    last, published = (formatted(rows[rows["selection"] == selection], unit) for selection in SELECTIONS)
+    published = last[["Labelled", "Method"]].merge(published, how="left").fillna("—")
+    beside = {}
+    for measure, heading in headings(unit).items():
+        theirs = PAPER.get(measure)
+        if measure == "dice" or theirs in published:
+            beside[f"Published: {heading}"] = published[heading]
+        if theirs in published:
+            beside[theirs] = published[theirs]
+    last = last.drop(columns=["Selection", "Output"]).reset_index(drop=True)
+    place = last.columns.get_loc(headings(unit)["asd"]) + 1
+    return pd.concat([last.iloc[:, :place], pd.DataFrame(beside), last.iloc[:, place:]], axis=1)
 
 
 def by_class(metrics: pd.DataFrame, runs: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
@@ -149,7 +173,7 @@ def overview(comparison: pd.DataFrame) -> pd.DataFrame:
         A row a method, for each number of labelled cases a column a selection, and the paper's figures if it has any.
     """
     rows = comparison[comparison["Output"] == OUTPUTS["decoder1"]]
-    paper = "Paper: Dice (%)"
+    paper = PAPER["dice"]
     columns = {}
     for labelled, group in rows.groupby("Labelled", sort=False):
         last, best = (group[group["Selection"] == selection].set_index("Method") for selection in SELECTIONS)
@@ -249,7 +273,7 @@ def formatted_largest(
     }
     figures = {(f["title"], f["labelled"], "published"): f for f in paper}
     found = [figures.get(row, {}) for row in zip(table["title"], table["labelled"], table["selection"], strict=True)]
-    for name, heading in {"dice": "Paper: Dice (%)", "hd95": "Paper: 95HD (voxels)"}.items():
+    for name, heading in PAPER.items():
         if (values := pd.Series([figure.get(name) for figure in found], dtype=float)).notna().any():
             after[heading] = values.map(two_decimals).to_list()
     return _formatted_gain(table, headings, before={"Selection": table["selection"]}, after=after)

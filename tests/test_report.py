@@ -15,7 +15,7 @@ from PIL import Image
 from mlrpl import drawing, tables
 from mlrpl.config import load_study
 from mlrpl.errors import StudyError
-from mlrpl.report import HomeEntry, Link, Picture, Section, notebook_to_html, write_home, write_index
+from mlrpl.report import LONG_TABLE, HomeEntry, Link, Picture, Section, notebook_to_html, write_home, write_index
 from mlrpl.study_report import remarks, write_overview
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +289,22 @@ def test_table_sorts_on_click(number, ascending, descending, index, browser):
     assert column(browser, number) == descending
     browser.click("table.data th:nth-child(1)")
     assert browser.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+
+
+def test_only_a_long_table_is_folded_and_unfolds_and_sorts(tmp_path, browser):
+    short, long = (pd.DataFrame({"Run": map(str, range(rows))}) for rows in (LONG_TABLE, LONG_TABLE + 1))
+    sections = [Section("Short", table=short), Section("Long", table=long)]
+    write_index(tmp_path / "index.html", title="Runs", lead="", sections=sections, provenance={})
+    browser.open(tmp_path / "index.html")
+    shown = "[...document.querySelectorAll('table.data')].map((table) => table.checkVisibility())"
+    assert browser.evaluate(shown) == [True, False]
+    assert browser.evaluate("document.querySelector('summary').textContent") == f"Show all {LONG_TABLE + 1} rows"
+    browser.click("summary")
+    assert browser.evaluate(shown) == [True, True]
+    for _ in range(2):
+        browser.click("details th")
+    first = "document.querySelector('details table').tBodies[0].rows[0].textContent.trim()"
+    assert browser.evaluate(first) == str(LONG_TABLE)
 
 
 def test_numbers_stand_to_the_right_and_names_to_the_left(index, browser):

@@ -22,6 +22,7 @@ from mlrpl.tables import (
     formatted,
     formatted_largest,
     formatted_normalisation,
+    glance,
     largest,
     normalisation,
     optimism,
@@ -160,6 +161,24 @@ def test_the_overview_has_a_row_a_method_and_the_papers_figures(metrics, runs):
     assert shown.loc["MLRPL", "8 labelled: best check"] == text.query("Selection == 'published'")["Dice (%)"].item()
     assert shown.loc["MLRPL", "8 labelled: paper"] == "89.86"
     assert not any("paper" in column for column in overview(formatted(comparison(metrics, runs))))
+
+
+def test_at_a_glance_a_method_has_one_row_with_the_paper_beside_the_published_selection(metrics, runs):
+    table = comparison(metrics, runs, PAPER)
+    shown = glance(table)
+    assert shown[["Labelled", "Method"]].drop_duplicates().equals(shown[["Labelled", "Method"]])
+    mine = shown.query("Labelled == '8' and Method == 'MLRPL'").iloc[0]
+    text = formatted(table).query("Labelled == '8' and Method == 'MLRPL' and Output == 'decoder 1'")
+    last, published = (text[text["Selection"] == selection].iloc[0] for selection in ("last", "published"))
+    for name in ("Seeds", "Dice (%)", "Jaccard (%)", "95HD (voxels)", "ASD (voxels)", "Cases"):
+        assert mine[name] == last[name]
+    for name in ("Dice (%)", "95HD (voxels)"):
+        assert mine[f"Published: {name}"] == published[name]
+    assert (mine["Paper: Dice (%)"], mine["Paper: 95HD (voxels)"]) == ("89.86", "6.91")
+    assert (shown["Paper: Dice (%)"] != "—").sum() == 1
+    without = glance(comparison(metrics[metrics["selection"] == "last"], runs))
+    assert len(without) == len(shown) and set(without["Published: Dice (%)"]) == {"—"}
+    assert not any("Paper" in name or "Published: 95HD" in name for name in without)
 
 
 def test_names_come_back_from_a_file_as_they_were(tmp_path):
