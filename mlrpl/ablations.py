@@ -1,7 +1,8 @@
 """Ablations as tables and figures: what each part of MLRPL is worth, beside the paper's figures.
 
-Dice of the final weights, decoder 1, in %. A difference is paired: over the cases, each averaged over the seeds that
-both variants have.
+Dice of decoder 1 in %, of the final weights; that of the published selection, by which the paper's figures were
+obtained, stands beside them. A difference is paired: over the cases, each averaged over the seeds that both variants
+have.
 """
 
 import re
@@ -18,6 +19,7 @@ from mlrpl.config import Ablation, load_study
 from mlrpl.drawing import STEPS, WIDTH, NotebookFigure, add_legend, styled
 from mlrpl.figures import plot_seeds, seed_handles
 from mlrpl.results import Results
+from mlrpl.rows import SELECTIONS
 from mlrpl.statistics import compared, each_seed, interval, limits, seeds_above
 from mlrpl.study import Workplace
 from mlrpl.tables import conditions, rows_of, titled, with_interval
@@ -63,14 +65,14 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
     """A row a number of labelled cases and variant.
 
     Returns:
-        ``labelled, variant, reference, dice, low, high, seeds, cases``; ``dice_of_seeds``, a list; ``difference``
-        to the reference and what else `mlrpl.statistics.compared` gives (NaN for the reference itself);
-        ``runs``, their names; ``paper``.
+        ``labelled, variant, reference, dice, low, high, seeds, cases``; ``dice_of_seeds`` and ``published_of_seeds``,
+        lists; ``difference`` to the reference and what else `mlrpl.statistics.compared` gives (NaN for the reference
+        itself); ``runs``, their names; ``paper``.
     """
     runs = found.ablations[found.ablations["ablation"] == ablation.name]
     runs = runs.drop_duplicates(["labelled", "variant", "seed"])  # a cross-validation's folds together are one
-    rows = rows_of(titled(found.metrics, found.runs), "last", "decoder1")
-    dice = rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100  # mean over classes
+    rows = titled(found.metrics, found.runs)
+    dice, published = (_of_runs(rows_of(rows, selection, "decoder1")) for selection in SELECTIONS)
 
     def of_seeds(some: pd.DataFrame) -> pd.DataFrame:
         return dice[some["run"]].set_axis(some["seed"], axis=1)
@@ -87,6 +89,7 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
             "low": low,
             "high": high,
             "dice_of_seeds": values.mean().to_list(),
+            "published_of_seeds": published.reindex(columns=mine["run"]).mean().to_list(),
             "seeds": len(mine),
             "cases": len(values),
         }
@@ -96,6 +99,11 @@ def table(found: Results, ablation: Ablation) -> pd.DataFrame:
         paper = mine["paper"].iloc[0]
         lines.append(line | {"runs": ", ".join(mine["run"]), "paper": "" if pd.isna(paper) else str(paper)})
     return pd.DataFrame(lines)
+
+
+def _of_runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Dice in %, a row a case, a column a run: means over classes."""
+    return rows.groupby(["run", "case"], observed=True)["dice"].mean().unstack("run") * 100
 
 
 def caution(rows: pd.DataFrame, runs: pd.DataFrame) -> str:
@@ -118,6 +126,7 @@ def formatted(rows: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
                 with_interval(*r) for r in rows[["difference", "difference_low", "difference_high"]].to_numpy()
             ],
             "Seeds above": seeds_above(rows),
+            "Published: each seed": rows["published_of_seeds"].map(each_seed),
             "Runs": rows["runs"].map(_briefly),
         }
     )

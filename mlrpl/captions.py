@@ -8,7 +8,7 @@ EVERY = """Decoder 1, and the mean of the decoders' probabilities; by the *last*
 iteration, and by the *published* selection."""
 FOLDS = """A cross-validation in {} parts: every labelled case is measured by a network that did not learn from it, and
 is a test case here. `mlrpl predict` averages the networks of all parts, which these figures do not measure. """
-BY_CLASS = "Final weights of decoder 1; means over the test cases and the seeds."
+BY_CLASS = "Final weights of decoder 1, and Dice by the published selection; means over the test cases and the seeds."
 BY_CASE = "{}, final weights of decoder 1; the case with the lowest Dice comes first."
 COST = """Seconds are those of an undisturbed step, since runs may share a machine: the tenth percentile over stretches
 of 20 iterations, of a method's runs the shortest; memory is the largest of its runs. Runs that shared a GPU from

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from mlrpl.config import Run
 from mlrpl.data import Case, Store
+from mlrpl.errors import StudyError
 from mlrpl.files import atomic
 from mlrpl.inference import sliding_window
 from mlrpl.losses import hard_labels
 from mlrpl.masks import keep_largest
+from mlrpl.memory import is_exhaustion
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
 from mlrpl.networks import STRIDE
@@ -76,10 +78,12 @@ def predicting(
     method: Method, outputs: Sequence[str], device: torch.device, precision: Precision
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within, the method is in evaluation mode; yields windows (n, channels, *patch) -> (n, outputs × C, *patch)."""
+    # Compiled code is for so many windows, and made again for fewer. What is normalised together must not be padded.
+    padded = method.compiled and not any(norm.running_mean is None for norm in _batch_norms(method))
 
     def predict(windows: Tensor) -> Tensor:
         given = len(windows)
-        if method.compiled:  # for this many, and would be again for fewer
+        if padded:
             windows = F.pad(windows, (0,) * 9 + (max(WINDOWS[device.type] - given, 0),))
         windows = windows.to(memory_format=torch.channels_last_3d)
         with computing(device, precision):
@@ -121,6 +125,23 @@ def check_dice(method: Method, cases: Iterable[Case], device: torch.device, prec
     return float(np.mean(scores))
 
 
+def set_weights(method: Method, content: dict[str, Any], run: Run) -> None:
+    """Take over the weights of a run, the content of their file.
+
+    Raises:
+        StudyError: where they are not those of this network.
+    """
+    try:
+        method.load_state_dict(content["method"])
+    except (KeyError, RuntimeError) as error:
+        if is_exhaustion(error):
+            raise
+        raise StudyError(
+            f"run {run.name}: its weights are of another network than this version of the code makes; use the one that "
+            "trained it (its commit stands in provenance.json), or delete the run's folder and train it again"
+        ) from None
+
+
 def evaluate(
     run: Run,
     store: Store,
@@ -146,6 +167,9 @@ def evaluate(
     Returns:
         Tidy rows, one a selection, output, case and foreground class; Dice and Jaccard are fractions, distances NaN
         where a mask is empty.
+
+    Raises:
+        StudyError: where weights are not those of this network.
     """
     common = {name: getattr(run, name) for name in IDENTITY}
     common |= {} if run.fold is None else {"fold": run.fold}
@@ -155,7 +179,7 @@ def evaluate(
     cases = store.ids("test")
     with ThreadPoolExecutor(run.settings.threads) as pool:
         for s, (selection, content) in enumerate(weights.items()):
-            method.load_state_dict(content["method"])
+            set_weights(method, content, run)
             precision = to_predict_in(content["precision"], device)
             for n, case_id in enumerate(cases):
                 case = store.load(case_id)

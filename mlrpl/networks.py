@@ -108,19 +108,29 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, filters: int, dropout: bool) -> None:
         super().__init__()
         widths = [filters * 2**level for level in range(len(DEPTHS))]
-        self.stages = nn.ModuleList()
-        self.downs = nn.ModuleList()
+        self.parts = nn.ModuleList()  # in the order data flows, so that parameters come in it: stage, down, stage, …
         for level, (width, depth) in enumerate(zip(widths, DEPTHS, strict=True)):
-            self.stages.append(conv_stage(width if level else in_channels, width, depth))
-            if level + 1 < len(widths):
-                self.downs.append(downsampling(width, widths[level + 1]))
+            if level:
+                self.parts.append(downsampling(widths[level - 1], width))
+            self.parts.append(conv_stage(width if level else in_channels, width, depth))
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The convolutions of each level, full resolution first."""
+        return self.parts[::2]
+
+    @property
+    def downs(self) -> nn.ModuleList:
+        """What leads from each level to the next."""
+        return self.parts[1::2]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         if any(side % STRIDE for side in image.shape[2:]):
             raise ValueError(f"patch {tuple(image.shape[2:])}: every side must be divisible by {STRIDE}")
-        maps = [self.stages[0](image)]
-        for down, stage in zip(self.downs, self.stages[1:], strict=True):
+        first, *others = self.stages
+        maps = [first(image)]
+        for down, stage in zip(self.downs, others, strict=True):
             maps.append(stage(down(maps[-1])))
         maps[-1] = self.dropout(maps[-1])
         return maps
@@ -132,13 +142,22 @@ class Decoder(nn.Module):
     def __init__(self, num_classes: int, filters: int, kind: str, dropout: bool) -> None:
         super().__init__()
         widths = [filters * 2**level for level in range(len(DEPTHS))]
-        self.ups = nn.ModuleList()
-        self.stages = nn.ModuleList()
+        self.parts = nn.ModuleList()  # in the order data flows: up, stage, up, …
         for level in reversed(range(len(DEPTHS) - 1)):
-            self.ups.append(upsampling(kind, widths[level + 1], widths[level]))
-            self.stages.append(conv_stage(widths[level], widths[level], DEPTHS[level]))
+            self.parts.append(upsampling(kind, widths[level + 1], widths[level]))
+            self.parts.append(conv_stage(widths[level], widths[level], DEPTHS[level]))
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
         self.head = PointwiseConv3d(filters, num_classes)
+
+    @property
+    def ups(self) -> nn.ModuleList:
+        """The up-samplings, from 1/8 to full resolution."""
+        return self.parts[::2]
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The convolutions behind each of them."""
+        return self.parts[1::2]
 
     def levels(self, maps: Sequence[Tensor], dropout: bool = False) -> list[Tensor]:
         """The decoder's maps before any head, from 1/8 to full resolution, the last one after dropout if asked for."""

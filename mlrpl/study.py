@@ -29,7 +29,7 @@ from mlrpl.config import Run, Study, load_study, study_file
 from mlrpl.data import Store, prepare
 from mlrpl.devices import find_device
 from mlrpl.errors import StudyError
-from mlrpl.evaluation import evaluate
+from mlrpl.evaluation import evaluate, set_weights
 from mlrpl.files import read_json, read_rows, remove_temporary, write_json, write_text
 from mlrpl.locks import locked
 from mlrpl.memory import exhaustion_explained
@@ -293,10 +293,14 @@ def alone(job: Job) -> Iterator[None]:
 
 
 def trained(job: Job, store: Store, device: torch.device) -> tuple[Method, Precision]:
-    """A method with the run's final weights, ready to predict, and the precision to do so in."""
+    """A method with the run's final weights, ready to predict, and the precision to do so in.
+
+    Raises:
+        StudyError: where they cannot be read, or are not those of this network.
+    """
     method = make_method(job.run, store, device)
     content = load(job.folder / "last.pt", device)
-    method.load_state_dict(content["method"])
+    set_weights(method, content, job.run)
     return method.eval(), to_predict_in(content["precision"], device)
 
 

@@ -149,15 +149,23 @@ def glance(table: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
 
 
 def by_class(metrics: pd.DataFrame, runs: pd.DataFrame, unit: str = "voxels") -> pd.DataFrame:
-    """A row a (labelled, title, class) as text: final weights of decoder 1, means over cases and seeds."""
-    rows = titled(metrics, runs, ["decoder1"]).query("selection == 'last'")
+    """A row a (labelled, title, class) as text: decoder 1, means over cases and seeds.
+
+    Final weights, and Dice of the published selection.
+    """
+    rows = titled(metrics, runs, ["decoder1"])
     rows = rows.assign(**{"class": pd.Categorical(rows["class"], rows["class"].unique(), ordered=True)})
-    groups = rows.groupby(["labelled", "title", "class"], observed=True)
-    means = groups[["dice", "hd95"]].mean().reset_index()
+    key = ["labelled", "title", "class"]
+    published = rows.query("selection == 'published'").groupby(key, observed=True)["dice"].mean()
+    groups = rows.query("selection == 'last'").groupby(key, observed=True)
+    means = groups[["dice", "hd95"]].mean()
+    published = (100 * published.reindex(means.index)).map(two_decimals).reset_index(drop=True)
+    means = means.reset_index()
     names = {"Labelled": means["labelled"].astype(str), "Method": means["title"].astype(str), "Class": means["class"]}
     lacking = groups["hd95"].agg(lambda distances: distances.isna().sum()).reset_index(drop=True)
     lacking = undefined(lacking, groups.size().reset_index(drop=True))
-    return pd.DataFrame({**names, **measures(means, unit), **lacking}).astype(str)
+    beside = {"Published: Dice (%)": published}
+    return pd.DataFrame({**names, **measures(means, unit), **beside, **lacking}).astype(str)
 
 
 def undefined(count: pd.Series, of: pd.Series) -> dict[str, pd.Series]:

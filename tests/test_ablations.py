@@ -104,8 +104,9 @@ def found(study, tmp_path) -> Results:
         gain = 0.1 * ("selection" not in run.options) + 0.05 * ("weighting" not in run.options)
         identity = {name: getattr(run, name) for name in ("study", "method", "variant", "labelled", "seed")}
         rows = [
-            {**identity, "selection": "last", "output": "decoder1", "case": f"c{n}", "class": "a",
-             "dice": 0.6 + gain + 0.01 * n + 0.02 * run.seed, "jaccard": 0.5, "hd95": 1, "asd": 1}
+            {**identity, "selection": selection, "output": "decoder1", "case": f"c{n}", "class": "a",
+             "dice": 0.6 + gain + 0.01 * n + 0.02 * run.seed + more, "jaccard": 0.5, "hd95": 1, "asd": 1}
+            for selection, more in {"last": 0, "published": 0.01}.items()
             for n in range(6)
         ]  # fmt: skip
         pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
@@ -123,7 +124,7 @@ def test_each_coinciding_run_has_one_row_and_every_variant_finds_it(found):
     assert sorted(found.runs["run"]) == sorted(
         f"{name}-4-s{seed}" for name in ("mlrpl", "parts-none", "parts-hr") for seed in (0, 1)
     )
-    assert len(found.metrics) == 6 * 6
+    assert len(found.metrics) == 6 * 2 * 6
     stand = found.ablations.set_index(["ablation", "variant", "seed"])["run"]
     assert stand["tau", "τ = 0.5", 0] == "parts-hr-4-s0"
     assert stand["parts", "both", 1] == "mlrpl-4-s1"
@@ -206,6 +207,8 @@ def test_the_table_pairs_seeds_and_prints_the_papers_figures(found, study):
     assert text["Paper, LA: Dice (%)"].tolist() == ["—", "88.60", "89.86"]
     assert text["Loss"].tolist() == ["CE", "+ HR", "both (reference)"]
     assert text["Seeds above"].tolist() == ["0 of 2", "0 of 2", "—"]
+    assert text["Each seed"].iloc[1] == "67.50, 69.50"
+    assert text["Published: each seed"].iloc[1] == "68.50, 70.50"
     assert text["Runs"].iloc[1] == "parts-hr-4-s0, s1"
     rows = rows.reset_index()
     assert "Two seeds are too few" in caution(rows, found.runs)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import browser as chromium
@@ -23,8 +24,8 @@ from mlrpl.errors import StudyError
 from mlrpl.evaluation import predict_case
 from mlrpl.explore import explorable, layers, maps, measured, nifti, overlays, typical
 from mlrpl.precision import Precision
-from mlrpl.study import Workplace
-from mlrpl.training import make_method, save
+from mlrpl.study import Workplace, trained
+from mlrpl.training import load, make_method, save
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -75,6 +76,18 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def place(folder) -> Workplace:
     return Workplace(str(folder / "tiny.yaml"), str(folder / "runs"), str(folder / "results"))
+
+
+def test_weights_of_another_network_are_refused_in_one_line(place, tmp_path):
+    job = replace(place.jobs[0], folder=tmp_path)
+    content = load(place.jobs[0].folder / "last.pt", CPU)
+    first, *others = content["method"].items()
+    for method in (dict(others), {**content["method"], "network.encoder.stages.0.0.weight": first[1]}):
+        save(tmp_path / "last.pt", {**content, "method": method})
+        with pytest.raises(
+            StudyError, match=f"run {job.run.name}: its weights are of another network than this version"
+        ):
+            trained(job, place.store, CPU)
 
 
 def test_maps_are_those_of_the_prediction(place):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mlrpl.bench.works import yardstick
 from mlrpl.networks import (
     Decoder,
     NearestConv3d,
@@ -32,6 +33,16 @@ def tiny(upsamplings: tuple[str, ...] = ("deconv", "nearest"), **arguments) -> V
 ])  # fmt: skip
 def test_parameter_counts_are_the_papers(upsamplings, expected):
     assert count_parameters(VNet(1, 2, 16, upsamplings)) == expected
+
+
+def test_parameters_come_in_the_order_data_flows_with_the_values_of_a_plain_network():
+    """So that weights of a network written as the field writes it can be taken over one by one."""
+    networks = []
+    for make in (VNet, yardstick().PlainVNet):
+        torch.manual_seed(0)
+        networks.append(make(2, 3, 2, KINDS))
+    ours, plain = ([*network.parameters()] for network in networks)
+    assert len(ours) == len(plain) and all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 def test_only_trainable_parameters_are_counted():

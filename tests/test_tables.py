@@ -350,6 +350,9 @@ def test_class_by_class_in_the_order_of_the_rows(metrics, runs):
     expected = 100 * metrics.loc[mine & (metrics["method"] == "vnet"), "dice"].mean()
     assert float(table["Dice (%)"][0]) == pytest.approx(expected, abs=0.006)
     assert float(table["Dice (%)"][1]) == pytest.approx(expected - 20, abs=0.006)
+    best = (metrics["labelled"] == 8) & (metrics["selection"] == "published") & (metrics["output"] == "decoder1")
+    expected = 100 * metrics.loc[best & (metrics["method"] == "vnet"), "dice"].mean()
+    assert float(table["Published: Dice (%)"][1]) == pytest.approx(expected - 20, abs=0.006)
     assert table["95HD (voxels)"][1] == "—"
     assert table["Undefined distances"].tolist()[:2] == ["0", "9 of 9"]
 

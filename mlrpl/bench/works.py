@@ -22,7 +22,7 @@ from mlrpl.errors import StudyError
 from mlrpl.evaluation import check_dice, predict_case, predicting
 from mlrpl.methods import Method, Step, build
 from mlrpl.metrics import case_metrics
-from mlrpl.networks import VNet, to_channels_last
+from mlrpl.networks import to_channels_last
 from mlrpl.optimisation import WARM_UP, Optimisation, make_optimizer, optimise, to_device
 from mlrpl.precision import Precision, choose_precision, exact
 from mlrpl.reliability import entropy, mutual_loss
@@ -115,17 +115,6 @@ def make_batch(method: Method, size: Size) -> Batch:
     return Batch(image, label.where(label < size.classes, 0))
 
 
-def layers(network: VNet) -> Iterator[nn.Module]:
-    """A network's parts in the order data flows, which is the order of the yardstick's parameters."""
-    for level, blocks in enumerate(network.encoder.stages):
-        yield blocks
-        yield from network.encoder.downs[level : level + 1]
-    for decoder in network.decoders:
-        for pair in zip(decoder.ups, decoder.stages, strict=True):
-            yield from pair
-        yield decoder.head
-
-
 class Pair:
     """MLRPL and its yardstick with the same weights, on one device."""
 
@@ -138,9 +127,8 @@ class Pair:
             plain.data.copy_(ours.data)
 
     def parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The same parameter of both."""
-        ours = [p for layer in layers(self.method.network) for p in layer.parameters()]
-        return list(zip(ours, self.plain.parameters(), strict=True))
+        """The same parameter of both: in either they come in the order data flows."""
+        return list(zip(self.method.network.parameters(), self.plain.parameters(), strict=True))
 
 
 def exact_gradients(pair: Pair) -> tuple[Tensor, Tensor]:
