@@ -34,7 +34,7 @@ from mlrpl.masks import keep_largest
 from mlrpl.memory import is_exhaustion
 from mlrpl.methods import Method
 from mlrpl.metrics import case_metrics
-from mlrpl.networks import STRIDE
+from mlrpl.networks import STRIDE, in_present_names
 from mlrpl.precision import Precision, computing, to_predict_in
 from mlrpl.rows import IDENTITY, LARGEST, OWN
 
@@ -132,7 +132,7 @@ def set_weights(method: Method, content: dict[str, Any], run: Run) -> None:
         StudyError: where they are not those of this network.
     """
     try:
-        method.load_state_dict(content["method"])
+        method.load_state_dict(in_present_names(content["method"]))
     except (KeyError, RuntimeError) as error:
         if is_exhaustion(error):
             raise

@@ -3,7 +3,8 @@
 All nine methods use these blocks. Every size below is in voxels; feature maps are (N, channels, x, y, z).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -212,6 +213,21 @@ class VNet(nn.Module):
         maps = self.encoder(image)
         outputs = [decoder(maps) for decoder in self.decoders[:decoders]]
         return [logits for logits, _ in outputs], [features for _, features in outputs]
+
+
+def in_present_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's state as it is called now.
+
+    Until its parameters came in the order data flows, a part had its place among its kind for a name: the encoder's
+    "downs.1" is its "parts.3".
+    """
+    first = {"encoder": ("stages", "downs"), "decoders": ("ups", "stages")}
+
+    def renamed(name: re.Match[str]) -> str:
+        return f"{name['where']}.parts.{2 * int(name['place']) + first[name['part']].index(name['kind'])}."
+
+    former = re.compile(r"(?P<where>(?P<part>encoder|decoders)(\.\d+)?)\.(?P<kind>stages|downs|ups)\.(?P<place>\d+)\.")
+    return {former.sub(renamed, name): value for name, value in weights.items()}
 
 
 def count_parameters(network: nn.Module) -> int:

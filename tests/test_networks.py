@@ -13,12 +13,14 @@ from mlrpl.networks import (
     PointwiseConv3d,
     VNet,
     count_parameters,
+    in_present_names,
     keep_all_channels,
     normalise_instances,
     to_channels_last,
 )
 
 KINDS = ("deconv", "nearest", "trilinear")
+DECODERS = [f"decoders.{number}" for number in range(len(KINDS))]
 
 
 def tiny(upsamplings: tuple[str, ...] = ("deconv", "nearest"), **arguments) -> VNet:
@@ -43,6 +45,23 @@ def test_parameters_come_in_the_order_data_flows_with_the_values_of_a_plain_netw
         networks.append(make(2, 3, 2, KINDS))
     ours, plain = ([*network.parameters()] for network in networks)
     assert len(ours) == len(plain) and all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_weights_of_before_parameters_came_in_that_order_are_known_by_their_names():
+    network = tiny(KINDS)
+    former = {
+        f"network.{where}.{kind}.{place}.{name}": value
+        for where, kinds in {"encoder": ("stages", "downs"), **dict.fromkeys(DECODERS, ("ups", "stages"))}.items()
+        for kind in kinds
+        for place, part in enumerate(getattr(network.get_submodule(where), kind))
+        for name, value in part.state_dict().items()
+    }
+    former |= {f"network.{where}.head.{name}": network.get_submodule(f"{where}.head").state_dict()[name]
+               for where in DECODERS for name in ("weight", "bias")}  # fmt: skip
+    now = {f"network.{name}": value for name, value in network.state_dict().items()}
+    found = in_present_names(former)
+    assert found.keys() == now.keys() == in_present_names(now).keys() != former.keys()
+    assert all(torch.equal(found[name], now[name]) for name in now)
 
 
 def test_only_trainable_parameters_are_counted():
