@@ -101,9 +101,7 @@ def test_from_a_folder_to_predictions(folder, tmp_path, monkeypatch, capsys):
     assert "best checks against rows: 6 compared, all agree" in map(str, verify.verify(Workplace("scans")))
     found = Results.load(tmp_path / "results/scans")
     shown = {part.name: part for part in parts(Workplace("scans"), found) if part.shown}
-    assert shown["glance"].text.startswith(
-        "A cross-validation in 3 parts: every labelled case is measured by a net"
-    )
+    assert shown["glance"].text.startswith("A cross-validation in 3 parts: every labelled case is measured by a net")
     assert sorted(shown["cases"].table["Case"]) == ["scan0", "scan1", "scan2"]
     assert shown["cases"].table["Dice (%)"].astype(float).is_monotonic_increasing
     assert "classes" not in shown  # there is one
