@@ -100,6 +100,7 @@ RESULTS = [
     ("la", 8, "last", METHODS),
     ("la", 16, "published", METHODS),
     ("la-half", 8, "last", METHODS),
+    ("la-half", 8, "last", KEPT),
     ("la-half", 8, "last", ("mlrpl-instance", "control-instance", None, None)),
     ("hippocampus", 20, "last", METHODS),
     ("hippocampus", 20, "last", KEPT),
@@ -130,6 +131,7 @@ DIFFERENCES = [
     [("la", "mlrpl", "control", 8, "published")],
     [("la", "mlrpl", "control", 8)],
     [("la-half", "mlrpl", "control", 8)],
+    [("la-half", "mlrpl-kept", "control-kept", 8)],
     [("la-half", "mlrpl-instance", "control-instance", 8)],
     [("hippocampus", "mlrpl", "control", 20)],
     [("hippocampus", "mlrpl-kept", "control-kept", 20)],
@@ -157,7 +159,7 @@ def test_the_table_of_differences(number, pairs):
 
 HALF = (
     "mlrpl", "control", "vnet", "control-labelled", "mlrpl-instance", "control-instance", "mlrpl-one", "mlrpl-one-kept",
-    "mlrpl-kept",
+    "mlrpl-kept", "control-kept",
 )  # fmt: skip
 
 
