@@ -27,7 +27,7 @@ from mlrpl.provenance import CHANGED, environment
 from mlrpl.results import Results
 from mlrpl.rows import IDENTITY, SELECTIONS, run_name
 from mlrpl.study import Job, Workplace
-from mlrpl.training import load
+from mlrpl.training import check_cases, load
 from mlrpl.words import counted
 
 NONE_AT_HAND = "no run that is finished here"
@@ -63,10 +63,14 @@ def verify(place: Workplace, retrain: str | None = None) -> list[Finding]:
     found = Results.load(place.results)
     if not len(found):
         raise StudyError(f"{place.results}: no rows here; type mlrpl reproduce {place.given}")
-    findings = [*_tables(place, found), _checks(found), _commits(place, found)]
+    findings = [*_tables(place, found), _commits(place, found)]
     if place.at_hand:
         jobs = [job for job in place.jobs if job.finished("evaluate")]
         findings += [_keys(place, found), _rows(jobs, found), _predictions(place, jobs)]
+        if check_cases(place.store) == place.store.ids(
+            "test"
+        ):  # else the checks were made on other cases than the rows
+            findings.append(_checks(found))
     else:
         findings.append(Finding("runs", 0, remark="no case store here, so only tables were recomputed"))
     if retrain:
