@@ -132,8 +132,10 @@ def set_weights(method: Method, content: dict[str, Any], run: Run) -> None:
         StudyError: where they are not those of this network.
     """
     try:
-        method.load_state_dict(in_present_names(content["method"]))
-    except (KeyError, RuntimeError) as error:
+        weights = content["method"]
+        known = weights.keys() == method.state_dict().keys()  # a network of one's own may have names like the former
+        method.load_state_dict(weights if known else in_present_names(weights))
+    except (KeyError, RuntimeError, ValueError) as error:
         if is_exhaustion(error):
             raise
         raise StudyError(

@@ -82,7 +82,11 @@ def test_weights_of_another_network_are_refused_in_one_line(place, tmp_path):
     job = replace(place.jobs[0], folder=tmp_path)
     content = load(place.jobs[0].folder / "last.pt", CPU)
     first, *others = content["method"].items()
-    for method in (dict(others), {**content["method"], "network.encoder.more": first[1]}):
+    for method in (
+        dict(others),
+        {**content["method"], "network.encoder.more": first[1]},
+        {"encoder.ups.0.weight": first[1]},
+    ):
         save(tmp_path / "last.pt", {**content, "method": method})
         with pytest.raises(
             StudyError, match=f"run {job.run.name}: its weights are of another network than this version"
